@@ -1,0 +1,92 @@
+//! The CPU backend: one [`Cpu`] value says which instruction set runs and on how many threads.
+
+pub mod isa;
+pub(crate) mod parallel;
+pub(crate) mod simd;
+
+use crate::error::{Error, Result};
+use isa::Isa;
+
+/// A choice of instruction set and threads. Small and `Copy`; make one and keep it.
+///
+/// Results do not depend on the choice: every ISA and every thread count gives the same bits.
+///
+/// ```
+/// use moe_kernels::{Cpu, Isa};
+/// let cpu = Cpu::new();
+/// assert!(cpu.isa().is_available());
+/// let one_thread = Cpu::with_isa(Isa::Scalar)?.single_threaded();
+/// assert_eq!(one_thread.threads(), 1);
+/// # Ok::<(), moe_kernels::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cpu {
+    isa: Isa,
+    single_threaded: bool,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Cpu {
+    /// The best ISA of this CPU, on the caller's current rayon pool.
+    pub fn new() -> Self {
+        Self {
+            isa: Isa::best(),
+            single_threaded: false,
+        }
+    }
+
+    /// A given ISA.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedIsa`] when this CPU or build lacks it.
+    pub fn with_isa(isa: Isa) -> Result<Self> {
+        if !isa.is_available() {
+            return Err(Error::UnsupportedIsa {
+                requested: isa,
+                available: Isa::available(),
+            });
+        }
+        Ok(Self {
+            isa,
+            single_threaded: false,
+        })
+    }
+
+    /// The ISA named by the environment variable `MOE_KERNELS_ISA`, or the best one when it is unset or empty.
+    ///
+    /// # Errors
+    /// [`Error::UnknownName`] or [`Error::UnsupportedIsa`].
+    pub fn from_env() -> Result<Self> {
+        match std::env::var("MOE_KERNELS_ISA") {
+            Ok(name) if !name.is_empty() => Self::with_isa(name.parse()?),
+            _ => Ok(Self::new()),
+        }
+    }
+
+    /// The same choice, but every call runs on the calling thread alone.
+    pub fn single_threaded(self) -> Self {
+        Self {
+            single_threaded: true,
+            ..self
+        }
+    }
+
+    /// The instruction set.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Threads that a call made here would use: those of the current rayon pool, or 1.
+    pub fn threads(&self) -> usize {
+        if self.single_threaded {
+            1
+        } else {
+            parallel::pool_threads()
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! AVX-512 F: sixteen lanes, thirty-two registers. Shifts take their count in a register because the immediate forms want another
+//! const type than the trait has; the compiler folds it.
+
+use super::{Isa, Op, Simd};
+use core::arch::x86_64::*;
+
+/// Proof that the CPU has avx512f,avx2,fma,f16c.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+/// Runs `op` compiled with avx512f,avx2,fma,f16c.
+///
+/// # Safety
+/// The CPU has these features.
+#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
+    op.run(Avx512(()))
+}
+
+// Every `unsafe` below rests on the token: a `Avx512` is only made in `call`, whose caller has checked the CPU.
+impl Simd for Avx512 {
+    const ISA: Isa = Isa::Avx512;
+    const LANES: usize = 16;
+    // 14 × 2 accumulators + 2 panel vectors + 1 broadcast = 31 of 32 registers.
+    const MR: usize = 14;
+
+    type F = __m512;
+    type I = __m512i;
+    type M = __mmask16;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> Self::F {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: Self::F) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const u16) -> Self::F {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_sqrt_ps(a) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn lt(self, a: Self::F, b: Self::F) -> Self::M {
+        // SAFETY: the token.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn eq(self, a: Self::F, b: Self::F) -> Self::M {
+        // SAFETY: the token.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn select(self, m: Self::M, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_mask_blend_ps(m, b, a) }
+    }
+    #[inline(always)]
+    fn to_bits(self, a: Self::F) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_castps_si512(a) }
+    }
+    #[inline(always)]
+    fn from_bits(self, a: Self::I) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_castsi512_ps(a) }
+    }
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, p: *const i32) -> Self::I {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store_i(self, p: *mut i32, v: Self::I) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm512_storeu_si512(p.cast(), v) }
+    }
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn sub_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_and_si512(a, b) }
+    }
+    #[inline(always)]
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    fn xor_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_xor_si512(a, b) }
+    }
+    #[inline(always)]
+    fn shl<const N: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_sll_epi32(a, _mm_cvtsi32_si128(N)) }
+    }
+    #[inline(always)]
+    fn shr<const N: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(N)) }
+    }
+    #[inline(always)]
+    fn sar<const N: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_sra_epi32(a, _mm_cvtsi32_si128(N)) }
+    }
+    #[inline(always)]
+    fn gt_i(self, a: Self::I, b: Self::I) -> Self::M {
+        // SAFETY: the token.
+        unsafe { _mm512_cmpgt_epi32_mask(a, b) }
+    }
+    #[inline(always)]
+    fn eq_i(self, a: Self::I, b: Self::I) -> Self::M {
+        // SAFETY: the token.
+        unsafe { _mm512_cmpeq_epi32_mask(a, b) }
+    }
+    #[inline(always)]
+    fn select_i(self, m: Self::M, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_mask_blend_epi32(m, b, a) }
+    }
+    #[inline(always)]
+    fn to_float(self, a: Self::I) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    fn mask_bits(self, m: Self::M) -> u32 {
+        u32::from(m)
+    }
+}

@@ -1,0 +1,240 @@
+//! The thin room of vector instructions: one trait, one file per instruction set, no algorithm.
+//!
+//! An algorithm is written once, as an [`Op`] generic over [`Simd`], every function on its way `#[inline(always)]`.
+//! [`dispatch`] picks the instruction set at run time and calls the op inside a `#[target_feature]` function, so that all of it is
+//! compiled with those instructions. Closures are avoided in hot loops: one that is not inlined would lose the features.
+//!
+//! Each operation is exact or correctly rounded, so that every implementation returns the same bits. `max` and `min` are spelled
+//! out as comparisons because the instruction sets disagree about NaN and about −0. NaN payloads may differ.
+#![allow(unsafe_code)] // the room of intrinsics
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+
+pub(crate) use scalar::Scalar;
+
+use super::isa::Isa;
+
+/// The most lanes that any implementation has.
+pub(crate) const MAX_LANES: usize = 16;
+
+/// Vector operations of one instruction set. A value of an implementing type proves that the CPU has it.
+///
+/// `F` holds [`Simd::LANES`] f32, `I` as many i32, `M` a truth value for each lane.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// Which instruction set this is.
+    const ISA: Isa;
+    /// Lanes of a vector: 4, 8 or 16.
+    const LANES: usize;
+    /// Rows of the matrix tile: as many as leave MR × 2 accumulators, two panel vectors and one broadcast in registers.
+    const MR: usize;
+
+    /// Vector of f32.
+    type F: Copy;
+    /// Vector of i32.
+    type I: Copy;
+    /// Truth values.
+    type M: Copy;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::F;
+    /// `LANES` floats from memory, any alignment.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `LANES` floats.
+    unsafe fn load(self, p: *const f32) -> Self::F;
+    /// `LANES` floats to memory, any alignment.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `LANES` floats.
+    unsafe fn store(self, p: *mut f32, v: Self::F);
+    /// `LANES` IEEE binary16 numbers, widened exactly.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `LANES` halves.
+    unsafe fn load_f16(self, p: *const u16) -> Self::F;
+
+    /// a + b
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a − b
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a · b
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a / b
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// √a
+    fn sqrt(self, a: Self::F) -> Self::F;
+    /// a · b + c, rounded once.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `if a > b { a } else { b }`: b when either is NaN.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `if a < b { a } else { b }`: b when either is NaN.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// a < b; false for NaN.
+    fn lt(self, a: Self::F, b: Self::F) -> Self::M;
+    /// a == b; false for NaN.
+    fn eq(self, a: Self::F, b: Self::F) -> Self::M;
+    /// a where `m`, else b.
+    fn select(self, m: Self::M, a: Self::F, b: Self::F) -> Self::F;
+
+    /// The bits of each lane.
+    fn to_bits(self, a: Self::F) -> Self::I;
+    /// Lanes from bits.
+    fn from_bits(self, a: Self::I) -> Self::F;
+
+    /// All lanes `x`.
+    fn splat_i(self, x: i32) -> Self::I;
+    /// `LANES` integers from memory, any alignment.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `LANES` integers.
+    unsafe fn load_i(self, p: *const i32) -> Self::I;
+    /// `LANES` integers to memory, any alignment.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `LANES` integers.
+    unsafe fn store_i(self, p: *mut i32, v: Self::I);
+    /// a + b, wrapping.
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// a − b, wrapping.
+    fn sub_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// a & b
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// a | b
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// a ^ b
+    fn xor_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// a << N, 1 ≤ N ≤ 31
+    fn shl<const N: i32>(self, a: Self::I) -> Self::I;
+    /// a >> N filling with zeros, 1 ≤ N ≤ 31
+    fn shr<const N: i32>(self, a: Self::I) -> Self::I;
+    /// a >> N filling with the sign, 1 ≤ N ≤ 31
+    fn sar<const N: i32>(self, a: Self::I) -> Self::I;
+    /// a > b, signed.
+    fn gt_i(self, a: Self::I, b: Self::I) -> Self::M;
+    /// a == b
+    fn eq_i(self, a: Self::I, b: Self::I) -> Self::M;
+    /// a where `m`, else b.
+    fn select_i(self, m: Self::M, a: Self::I, b: Self::I) -> Self::I;
+    /// Integers as floats, rounded to nearest.
+    fn to_float(self, a: Self::I) -> Self::F;
+    /// Lane l's truth value as bit l.
+    fn mask_bits(self, m: Self::M) -> u32;
+
+    // What follows is built from the above, once.
+
+    /// The first `LANES` floats of a slice.
+    #[inline(always)]
+    fn load_slice(self, s: &[f32]) -> Self::F {
+        assert!(s.len() >= Self::LANES);
+        // SAFETY: the assertion above.
+        unsafe { self.load(s.as_ptr()) }
+    }
+    /// Writes the first `LANES` floats of a slice.
+    #[inline(always)]
+    fn store_slice(self, s: &mut [f32], v: Self::F) {
+        assert!(s.len() >= Self::LANES);
+        // SAFETY: the assertion above.
+        unsafe { self.store(s.as_mut_ptr(), v) }
+    }
+    /// The first `LANES` integers of a slice.
+    #[inline(always)]
+    fn load_slice_i(self, s: &[i32]) -> Self::I {
+        assert!(s.len() >= Self::LANES);
+        // SAFETY: the assertion above.
+        unsafe { self.load_i(s.as_ptr()) }
+    }
+    /// Writes the first `LANES` integers of a slice.
+    #[inline(always)]
+    fn store_slice_i(self, s: &mut [i32], v: Self::I) {
+        assert!(s.len() >= Self::LANES);
+        // SAFETY: the assertion above.
+        unsafe { self.store_i(s.as_mut_ptr(), v) }
+    }
+    /// As many floats as the slice has, at most `LANES`; the other lanes hold `fill`.
+    #[inline(always)]
+    fn load_partial(self, s: &[f32], fill: f32) -> Self::F {
+        if s.len() >= Self::LANES {
+            return self.load_slice(s);
+        }
+        let mut lanes = [fill; MAX_LANES];
+        lanes[..s.len()].copy_from_slice(s);
+        self.load_slice(&lanes)
+    }
+    /// Writes as many lanes as the slice has room for.
+    #[inline(always)]
+    fn store_partial(self, s: &mut [f32], v: Self::F) {
+        if s.len() >= Self::LANES {
+            return self.store_slice(s, v);
+        }
+        let mut lanes = [0.0; MAX_LANES];
+        self.store_slice(&mut lanes, v);
+        let n = s.len();
+        s.copy_from_slice(&lanes[..n]);
+    }
+    /// −a, NaN included: flips the sign bit.
+    #[inline(always)]
+    fn neg(self, a: Self::F) -> Self::F {
+        self.from_bits(self.xor_i(self.to_bits(a), self.splat_i(i32::MIN)))
+    }
+    /// |a|: clears the sign bit.
+    #[inline(always)]
+    fn abs(self, a: Self::F) -> Self::F {
+        self.from_bits(self.and_i(self.to_bits(a), self.splat_i(i32::MAX)))
+    }
+    /// Magnitude of `a`, sign of `sign`.
+    #[inline(always)]
+    fn copysign(self, a: Self::F, sign: Self::F) -> Self::F {
+        let sign_bit = self.and_i(self.to_bits(sign), self.splat_i(i32::MIN));
+        self.from_bits(self.or_i(self.to_bits(self.abs(a)), sign_bit))
+    }
+    /// The larger of two integers.
+    #[inline(always)]
+    fn max_i(self, a: Self::I, b: Self::I) -> Self::I {
+        self.select_i(self.gt_i(a, b), a, b)
+    }
+}
+
+/// A computation that runs on any instruction set.
+pub(crate) trait Op {
+    /// What it returns.
+    type Output;
+    /// Runs it; implementations are `#[inline(always)]`.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// Runs `op` compiled for `isa`.
+///
+/// The caller holds `isa` from a [`crate::Cpu`], which only exists for an available one; the assertion makes a mistake here a panic instead
+/// of undefined behaviour (the detection is cached by std: a load and a test).
+#[inline]
+pub(crate) fn dispatch<O: Op>(isa: Isa, op: O) -> O::Output {
+    match isa {
+        Isa::Scalar => op.run(Scalar::new()),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => {
+            assert!(isa.is_available());
+            // SAFETY: the assertion above.
+            unsafe { avx2::call(op) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => {
+            assert!(isa.is_available());
+            // SAFETY: the assertion above.
+            unsafe { avx512::call(op) }
+        }
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => {
+            assert!(isa.is_available());
+            // SAFETY: the assertion above.
+            unsafe { neon::call(op) }
+        }
+        #[allow(unreachable_patterns)] // which arms are left depends on the architecture
+        other => unreachable!("{other} is not in this build"),
+    }
+}

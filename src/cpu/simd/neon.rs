@@ -1,0 +1,207 @@
+//! AArch64 Advanced SIMD: four lanes, thirty-two registers. `fmax` and `fmin` propagate NaN, so `max` and `min` are comparisons here.
+
+use super::{Isa, Op, Simd};
+use core::arch::aarch64::*;
+
+/// Proof that the CPU has neon.
+#[derive(Clone, Copy)]
+pub(crate) struct Neon(());
+
+/// Runs `op` compiled with neon.
+///
+/// # Safety
+/// The CPU has these features.
+#[target_feature(enable = "neon")]
+pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
+    op.run(Neon(()))
+}
+
+// Every `unsafe` below rests on the token: a `Neon` is only made in `call`, whose caller has checked the CPU.
+impl Simd for Neon {
+    const ISA: Isa = Isa::Neon;
+    const LANES: usize = 4;
+    // 12 × 2 accumulators + 2 panel vectors + broadcasts = 27 of 32 registers; 24 chains cover latency 4 × 4 FMA a cycle = 16.
+    const MR: usize = 12;
+
+    type F = float32x4_t;
+    type I = int32x4_t;
+    type M = uint32x4_t;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vdupq_n_f32(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> Self::F {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { vld1q_f32(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, v: Self::F) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { vst1q_f32(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const u16) -> Self::F {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe {
+            let bits = vld1_u16(p);
+            let wide: float32x4_t;
+            // The intrinsic would want Rust's own f16 type; the instruction is part of base Advanced SIMD.
+            core::arch::asm!("fcvtl {w:v}.4s, {h:v}.4h", w = lateout(vreg) wide, h = in(vreg) bits,
+                options(pure, nomem, nostack, preserves_flags));
+            wide
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vaddq_f32(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vsubq_f32(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vmulq_f32(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vdivq_f32(a, b) }
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vsqrtq_f32(a) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vfmaq_f32(c, a, b) }
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vbslq_f32(vcgtq_f32(a, b), a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vbslq_f32(vcltq_f32(a, b), a, b) }
+    }
+    #[inline(always)]
+    fn lt(self, a: Self::F, b: Self::F) -> Self::M {
+        // SAFETY: the token.
+        unsafe { vcltq_f32(a, b) }
+    }
+    #[inline(always)]
+    fn eq(self, a: Self::F, b: Self::F) -> Self::M {
+        // SAFETY: the token.
+        unsafe { vceqq_f32(a, b) }
+    }
+    #[inline(always)]
+    fn select(self, m: Self::M, a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vbslq_f32(m, a, b) }
+    }
+    #[inline(always)]
+    fn to_bits(self, a: Self::F) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vreinterpretq_s32_f32(a) }
+    }
+    #[inline(always)]
+    fn from_bits(self, a: Self::I) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vreinterpretq_f32_s32(a) }
+    }
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vdupq_n_s32(x) }
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, p: *const i32) -> Self::I {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { vld1q_s32(p) }
+    }
+    #[inline(always)]
+    unsafe fn store_i(self, p: *mut i32, v: Self::I) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { vst1q_s32(p, v) }
+    }
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vaddq_s32(a, b) }
+    }
+    #[inline(always)]
+    fn sub_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vsubq_s32(a, b) }
+    }
+    #[inline(always)]
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vandq_s32(a, b) }
+    }
+    #[inline(always)]
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vorrq_s32(a, b) }
+    }
+    #[inline(always)]
+    fn xor_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { veorq_s32(a, b) }
+    }
+    #[inline(always)]
+    fn shl<const N: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vshlq_n_s32::<N>(a) }
+    }
+    #[inline(always)]
+    fn shr<const N: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vreinterpretq_s32_u32(vshrq_n_u32::<N>(vreinterpretq_u32_s32(a))) }
+    }
+    #[inline(always)]
+    fn sar<const N: i32>(self, a: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vshrq_n_s32::<N>(a) }
+    }
+    #[inline(always)]
+    fn gt_i(self, a: Self::I, b: Self::I) -> Self::M {
+        // SAFETY: the token.
+        unsafe { vcgtq_s32(a, b) }
+    }
+    #[inline(always)]
+    fn eq_i(self, a: Self::I, b: Self::I) -> Self::M {
+        // SAFETY: the token.
+        unsafe { vceqq_s32(a, b) }
+    }
+    #[inline(always)]
+    fn select_i(self, m: Self::M, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vbslq_s32(m, a, b) }
+    }
+    #[inline(always)]
+    fn to_float(self, a: Self::I) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vcvtq_f32_s32(a) }
+    }
+    #[inline(always)]
+    fn mask_bits(self, m: Self::M) -> u32 {
+        // SAFETY: the token.
+        unsafe {
+            {
+                let weights = vld1q_u32([1, 2, 4, 8].as_ptr());
+                vaddvq_u32(vandq_u32(m, weights))
+            }
+        }
+    }
+}

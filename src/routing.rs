@@ -1,0 +1,5 @@
+//! Gating: from logits to expert ids and weights.
+
+mod config;
+
+pub use config::*;
