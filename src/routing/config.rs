@@ -1,7 +1,5 @@
 //! [`RouterConfig`]: what a router does with its logits, as plain data.
 
-use crate::error::{Error, Result, checked_mul};
-
 /// What turns a logit z into a score s.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -40,9 +38,9 @@ pub enum GroupScore {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MaskedFill {
-    /// They rank below everything, NaN included.
+    /// They rank below everything, NaN included, so that K may not exceed the experts of the kept groups.
     NegInf,
-    /// Zero, which can still win against a negative value. NaN stays NaN.
+    /// Zero, which can still win against a negative value; its weight is then the expert's own. NaN stays NaN.
     Zero,
 }
 
@@ -59,19 +57,19 @@ pub struct GroupLimit {
     pub fill: MaskedFill,
 }
 
-/// Limited room in each expert: pairs beyond it are dropped (id [`crate::DROPPED`], weight 0).
+/// Limited room in each expert: pairs beyond it are dropped (id [`DROPPED`](super::DROPPED), weight 0).
 ///
 /// Places are taken slot by slot: all first choices, then all second choices (GShard, Lepikhin et al. 2020; Switch,
-/// Fedus et al. 2021, where K = 1; NLLB).
+/// Fedus et al. 2021, where K = 1; NLLB). Null experts have room for all.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Capacity {
-    /// Pairs that an expert accepts in one scope.
+    /// Pairs that an expert accepts in one scope; 0 drops every pair.
     pub per_expert: usize,
     /// Tokens of a scope (a sequence); the count starts again with each. `None`: all tokens of the call are one scope.
     pub scope_tokens: Option<usize>,
-    /// Serve tokens by falling probability of their first choice instead of by position (Riquelme et al. 2021).
+    /// Serve tokens by their best score, falling, instead of by position (Riquelme et al. 2021). Equal scores go by position.
     pub batch_prioritized: bool,
-    /// Renormalise weights before dropping, over all K, or after, over the pairs that were kept.
+    /// Renormalise weights before dropping, over all K, or (`false`) after, over the pairs that were kept.
     pub normalize_before_drop: bool,
 }
 
@@ -86,7 +84,8 @@ pub enum Selection {
         /// Limit to the best groups.
         groups: Option<GroupLimit>,
     },
-    /// Ids come from the caller (a token-id table, hash routing); weights still come from the scores.
+    /// Ids come from the caller (a token-id table, hash routing); weights still come from the scores. Ids *and* weights from
+    /// the caller need no router: see [`Routing::set_given`](super::Routing::set_given).
     Given,
     /// PhiMoE's sparsemixer (Liu et al. 2023) at inference: K = 2, each weight a softmax over the experts within
     /// `2·jitter_eps` of the best remaining one.
@@ -100,7 +99,9 @@ pub enum Selection {
         /// token t its own two halves.
         stacked: bool,
     },
-    /// Each expert takes its best `per_expert` tokens of the call (Zhou et al. 2022); a token may get none, or up to E.
+    /// Each expert takes its best `per_expert` tokens of the call, by score (Zhou et al. 2022; equal scores go to the lower token).
+    /// A token may get no expert, or up to E: those that took it fill its first slots, best score first; the other slots are
+    /// [`DROPPED`](super::DROPPED).
     ExpertChoice {
         /// Tokens that an expert takes; all of them when there are fewer.
         per_expert: usize,
@@ -117,8 +118,8 @@ pub enum WeightSource {
     Score,
     /// Softmax over the selected logits (gpt-oss).
     SoftmaxSelectedLogits,
-    /// The score, normalised jointly over the selected and the last [`RouterConfig::joint_shared`] rows of the router, which are
-    /// shared experts' scores (Inkling).
+    /// `σ(z) / Σ σ(z)`, the sum over the selected and the last [`RouterConfig::joint_shared`] rows of the router, which score shared
+    /// experts (Inkling). Only with [`Score::Sigmoid`] and [`Renorm::None`]. Ratios survive where every σ(z) would underflow.
     JointWithShared,
 }
 
@@ -134,7 +135,7 @@ pub enum Renorm {
     SumPlusEps(f32),
     /// By their sum, but by no less than a small number.
     SumClampMin(f32),
-    /// By their p-norm `(Σ |w|^p)^(1/p)` (DBRX).
+    /// By their p-norm `(Σ |w|^p)^(1/p)`, p > 0 (DBRX).
     PNorm(f32),
 }
 
@@ -210,7 +211,7 @@ pub struct RouterConfig {
 }
 
 impl RouterConfig {
-    /// Softmax over all, the K best, weights as they are.
+    /// Softmax over all, the K best by score, weights as they are. Change fields from there.
     pub fn new(num_experts: usize, top_k: usize) -> Self {
         Self {
             num_experts,
@@ -234,14 +235,14 @@ impl RouterConfig {
 
     /// Experts that can be selected: E and the null experts.
     pub fn selectable(&self) -> usize {
-        self.num_experts + self.null_experts.count()
+        self.num_experts.saturating_add(self.null_experts.count())
     }
 
     /// R: columns of the logits. 2·√E for product keys, else E, null experts and joint shared experts.
     pub fn num_logits(&self) -> usize {
         match self.selection {
             Selection::ProductKeys { .. } => 2 * self.num_experts.isqrt(),
-            _ => self.selectable() + self.joint_shared,
+            _ => self.selectable().saturating_add(self.joint_shared),
         }
     }
 
