@@ -12,8 +12,10 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub(crate) mod random;
 mod scalar;
 
 pub(crate) use scalar::Scalar;
