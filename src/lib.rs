@@ -2,6 +2,7 @@
 pub mod cpu;
 pub mod element;
 pub mod error;
+pub mod grouped_gemm;
 pub mod matrix;
 pub mod routing;
 pub mod shape;

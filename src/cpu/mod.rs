@@ -1,5 +1,6 @@
 //! The CPU backend: one [`Cpu`] value says which instruction set runs and on how many threads.
 
+pub(crate) mod grouped_gemm;
 pub mod isa;
 pub(crate) mod parallel;
 pub(crate) mod simd;

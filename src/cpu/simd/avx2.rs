@@ -12,6 +12,7 @@ pub(crate) struct Avx2(());
 ///
 /// # Safety
 /// The CPU has these features.
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
     op.run(Avx2(()))
@@ -28,6 +29,11 @@ impl Simd for Avx2 {
     type I = __m256i;
     type M = __m256;
 
+    #[inline(always)]
+    fn outline<O: Op>(self, op: O) -> O::Output {
+        // SAFETY: the token.
+        unsafe { call(op) }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         // SAFETY: the token.

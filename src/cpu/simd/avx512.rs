@@ -12,6 +12,7 @@ pub(crate) struct Avx512(());
 ///
 /// # Safety
 /// The CPU has these features.
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
 pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
     op.run(Avx512(()))
@@ -28,6 +29,11 @@ impl Simd for Avx512 {
     type I = __m512i;
     type M = __mmask16;
 
+    #[inline(always)]
+    fn outline<O: Op>(self, op: O) -> O::Output {
+        // SAFETY: the token.
+        unsafe { call(op) }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         // SAFETY: the token.

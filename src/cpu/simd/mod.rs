@@ -43,6 +43,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Truth values.
     type M: Copy;
 
+    /// Runs `op` as a function of its own, with this instruction set: for hot loops whose registers should not be allocated together with
+    /// everything around them, and whose machine code should be found by name.
+    fn outline<O: Op>(self, op: O) -> O::Output;
+
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;
     /// `LANES` floats from memory, any alignment.

@@ -11,6 +11,7 @@ pub(crate) struct Neon(());
 ///
 /// # Safety
 /// The CPU has these features.
+#[inline(never)]
 #[target_feature(enable = "neon")]
 pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
     op.run(Neon(()))
@@ -27,6 +28,11 @@ impl Simd for Neon {
     type I = int32x4_t;
     type M = uint32x4_t;
 
+    #[inline(always)]
+    fn outline<O: Op>(self, op: O) -> O::Output {
+        // SAFETY: the token.
+        unsafe { call(op) }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         // SAFETY: the token.

@@ -1,6 +1,6 @@
 //! Plain Rust: eight lanes as an array. Runs anywhere, and is the definition that the other files are tested against.
 
-use super::{Isa, Simd};
+use super::{Isa, Op, Simd};
 use half::f16;
 
 const N: usize = 8;
@@ -34,6 +34,10 @@ impl Simd for Scalar {
     type I = [i32; N];
     type M = [bool; N];
 
+    #[inline(never)]
+    fn outline<O: Op>(self, op: O) -> O::Output {
+        op.run(self)
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         [x; N]

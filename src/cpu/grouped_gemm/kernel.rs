@@ -1,0 +1,275 @@
+//! The register tile: M rows of A times one packed panel of B (or a few), accumulators in registers for a whole block of k.
+//!
+//! ```text
+//!            panel: NR = 2 vectors of columns               for k in 0..kc {              (f32)
+//!          ┌───────────────┬───────────────┐                    b0, b1 = load B[k]
+//!        k │      b0       │      b1       │                    for i in 0..M {
+//!          └───────────────┴───────────────┘                        x = broadcast A[k][i]
+//!  A[k][i] ┌───────────────┬───────────────┐                        acc[i][0] = fma(x, b0, acc[i][0])
+//!   row i  │   acc[i][0]   │   acc[i][1]   │                        acc[i][1] = fma(x, b1, acc[i][1])
+//!          └───────────────┴───────────────┘                    }
+//!                                                           }
+//! ```
+//!
+//! Columns sit in the lanes and x is broadcast, so each output element is ONE chain of fused multiply-adds in a fixed order of k,
+//! whatever M, the number of lanes or the blocking. That is why T = 1 and T = 4096, scalar and AVX-512 give the same bits. A block of k
+//! continues the chain through the C buffer, where an f32 loses nothing.
+//!
+//! The order of k is ascending for f32 and f16 weights. For bf16 it is by pairs, the odd element before the even one, which is what
+//! `vdpbf16ps` does; a missing last odd element counts as 0 · 0.
+//!
+//! With few rows a panel gives too few independent chains (2·M; a latency of 4 cycles and 2 FMA a cycle want 8), so up to four panels run side
+//! by side.
+
+use crate::cpu::simd::{Op, Simd};
+use core::marker::PhantomData;
+
+/// One kind of packed panel: how many k a step takes and how a step reads B.
+pub(crate) trait PanelFormat: Copy + Send + Sync + 'static {
+    /// k values in a step; K is padded with zeros to a multiple of it.
+    const STEP: usize;
+    /// Bytes of one column in one step.
+    const COLUMN_BYTES: usize;
+
+    /// Continues the chains of `acc` by one step; `a` points at the step's STEP × M values of A.
+    ///
+    /// # Safety
+    /// `a` is valid for STEP × M floats and `b` for 2 × LANES × COLUMN_BYTES bytes.
+    unsafe fn step<S: Simd, const M: usize>(
+        s: S,
+        acc: &mut [[S::F; 2]; M],
+        a: *const f32,
+        b: *const u8,
+    );
+}
+
+/// f32 weights: one k a step.
+#[derive(Clone, Copy)]
+pub(crate) struct PanelF32;
+/// f16 weights, widened exactly: one k a step.
+#[derive(Clone, Copy)]
+pub(crate) struct PanelF16;
+/// bf16 weights: two k a step, the even one in the lower half of a 32-bit word, the odd one in the upper half.
+#[derive(Clone, Copy)]
+pub(crate) struct PanelBf16;
+
+/// One FMA of every accumulator with the row values `a[0..M]` and the columns `b`.
+///
+/// # Safety
+/// `a` is valid for M floats.
+#[inline(always)]
+unsafe fn rank1<S: Simd, const M: usize>(
+    s: S,
+    acc: &mut [[S::F; 2]; M],
+    a: *const f32,
+    b: [S::F; 2],
+) {
+    for (i, row) in acc.iter_mut().enumerate() {
+        // SAFETY: i < M.
+        let x = s.splat(unsafe { *a.add(i) });
+        row[0] = s.fma(x, b[0], row[0]);
+        row[1] = s.fma(x, b[1], row[1]);
+    }
+}
+
+impl PanelFormat for PanelF32 {
+    const STEP: usize = 1;
+    const COLUMN_BYTES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn step<S: Simd, const M: usize>(
+        s: S,
+        acc: &mut [[S::F; 2]; M],
+        a: *const f32,
+        b: *const u8,
+    ) {
+        let b = b.cast::<f32>();
+        // SAFETY: the caller's contract.
+        unsafe { rank1(s, acc, a, [s.load(b), s.load(b.add(S::LANES))]) }
+    }
+}
+
+impl PanelFormat for PanelF16 {
+    const STEP: usize = 1;
+    const COLUMN_BYTES: usize = 2;
+
+    #[inline(always)]
+    unsafe fn step<S: Simd, const M: usize>(
+        s: S,
+        acc: &mut [[S::F; 2]; M],
+        a: *const f32,
+        b: *const u8,
+    ) {
+        let b = b.cast::<u16>();
+        // SAFETY: the caller's contract.
+        unsafe { rank1(s, acc, a, [s.load_f16(b), s.load_f16(b.add(S::LANES))]) }
+    }
+}
+
+impl PanelFormat for PanelBf16 {
+    const STEP: usize = 2;
+    const COLUMN_BYTES: usize = 4;
+
+    #[inline(always)]
+    unsafe fn step<S: Simd, const M: usize>(
+        s: S,
+        acc: &mut [[S::F; 2]; M],
+        a: *const f32,
+        b: *const u8,
+    ) {
+        let b = b.cast::<i32>();
+        // SAFETY: the caller's contract.
+        let words = unsafe { [s.load_i(b), s.load_i(b.add(S::LANES))] };
+        let high = s.splat_i(0xffff_0000_u32 as i32);
+        let odd = words.map(|w| s.from_bits(s.and_i(w, high)));
+        let even = words.map(|w| s.from_bits(s.shl::<16>(w)));
+        // SAFETY: `a` holds 2 M floats.
+        unsafe {
+            rank1(s, acc, a.add(M), odd);
+            rank1(s, acc, a, even);
+        }
+    }
+}
+
+/// The operands of one tile.
+#[derive(Clone, Copy)]
+pub(crate) struct TileArgs {
+    /// Steps of k.
+    pub(crate) steps: usize,
+    /// `[steps][STEP][rows]`
+    pub(crate) a: *const f32,
+    /// The first panel, at the first step.
+    pub(crate) b: *const u8,
+    /// Bytes from one panel to the next.
+    pub(crate) b_stride: usize,
+    /// A block of `[rows][NR]` for each panel.
+    pub(crate) c: *mut f32,
+    /// Floats from one block to the next.
+    pub(crate) c_stride: usize,
+    /// Continue the sums in C; else start at zero.
+    pub(crate) accumulate: bool,
+}
+
+/// M rows × P panels.
+struct Tile<Format, const M: usize, const P: usize> {
+    args: TileArgs,
+    format: PhantomData<Format>,
+}
+
+impl<Format: PanelFormat, const M: usize, const P: usize> Op for Tile<Format, M, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let t = self.args;
+        let nr = 2 * S::LANES;
+        let mut acc = [[[s.splat(0.0); 2]; M]; P];
+        if t.accumulate {
+            for (p, panel) in acc.iter_mut().enumerate() {
+                for (i, row) in panel.iter_mut().enumerate() {
+                    // SAFETY: `MicroKernel::run`'s contract: C holds P blocks of M × NR.
+                    unsafe {
+                        let c = t.c.add(p * t.c_stride + i * nr);
+                        *row = [s.load(c), s.load(c.add(S::LANES))];
+                    }
+                }
+            }
+        }
+        let (mut a, mut b) = (t.a, t.b);
+        for _ in 0..t.steps {
+            for (p, panel) in acc.iter_mut().enumerate() {
+                // SAFETY: `MicroKernel::run`'s contract: A and B hold `steps` steps.
+                unsafe { Format::step::<S, M>(s, panel, a, b.add(p * t.b_stride)) };
+            }
+            a = a.wrapping_add(Format::STEP * M);
+            b = b.wrapping_add(nr * Format::COLUMN_BYTES);
+        }
+        for (p, panel) in acc.iter().enumerate() {
+            for (i, row) in panel.iter().enumerate() {
+                // SAFETY: as for the loads.
+                unsafe {
+                    let c = t.c.add(p * t.c_stride + i * nr);
+                    s.store(c, row[0]);
+                    s.store(c.add(S::LANES), row[1]);
+                }
+            }
+        }
+    }
+}
+
+/// A matrix kernel: what the driver needs to know of it, and how to run it.
+///
+/// A kernel that sums in another order (AMX, BFMMLA) would be one more implementation, chosen by a named numerics mode.
+pub(crate) trait MicroKernel: Copy {
+    /// The most rows in a tile.
+    const MR: usize;
+    /// Columns of a panel.
+    const NR: usize;
+    /// k values in a step.
+    const STEP: usize;
+    /// Bytes of a panel in one step.
+    const STEP_BYTES: usize;
+
+    /// How many panels to run side by side for a tile of `rows` rows; C needs them as neighbours.
+    fn panels_at_once(rows: usize) -> usize;
+
+    /// C (+)= A · B for `rows` rows and `panels` panels.
+    ///
+    /// # Safety
+    /// The pointers of `args` are valid for the sizes stated there; `1 ≤ rows ≤ MR`; `panels` is 1 or `panels_at_once(rows)`.
+    unsafe fn run(self, rows: usize, panels: usize, args: TileArgs);
+}
+
+/// The generic tile on one instruction set and one panel format.
+#[derive(Clone, Copy)]
+pub(crate) struct Kernel<S, Format> {
+    simd: S,
+    format: PhantomData<Format>,
+}
+
+impl<S: Simd, Format: PanelFormat> Kernel<S, Format> {
+    #[inline(always)]
+    pub(crate) fn new(simd: S) -> Self {
+        Self {
+            simd,
+            format: PhantomData,
+        }
+    }
+}
+
+impl<S: Simd, Format: PanelFormat> MicroKernel for Kernel<S, Format> {
+    const MR: usize = S::MR;
+    const NR: usize = 2 * S::LANES;
+    const STEP: usize = Format::STEP;
+    const STEP_BYTES: usize = 2 * S::LANES * Format::COLUMN_BYTES;
+
+    #[inline(always)]
+    fn panels_at_once(rows: usize) -> usize {
+        match rows {
+            1 => 4,
+            2 | 3 if 2 * rows <= S::MR => 2,
+            _ => 1,
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn run(self, rows: usize, panels: usize, args: TileArgs) {
+        macro_rules! tiles {
+            ($(($m:literal, $p:literal))*) => {
+                match (rows, panels) {
+                    // The guard's constant half drops the tiles that this ISA has no registers for.
+                    $(($m, $p) if $m * $p <= S::MR => self.simd.outline(Tile::<Format, $m, $p> {
+                        args,
+                        format: PhantomData,
+                    }),)*
+                    _ => unreachable!("no tile of {rows} rows and {panels} panels"),
+                }
+            };
+        }
+        tiles!(
+            (1, 1)(1, 4)(2, 1)(2, 2)(3, 1)(3, 2)(4, 1)(5, 1)(6, 1)(7, 1)(8, 1)(9, 1)(10, 1)(11, 1)(
+                12, 1
+            )(13, 1)(14, 1)
+        );
+    }
+}

@@ -1,0 +1,258 @@
+//! Packing: weights once, at load, into panels; rows of A for each task, gathered on the way.
+//!
+//! A packed matrix of N columns (output features) and K rows is `panels` runs, each holding NR columns for all of K:
+//!
+//! ```text
+//! panel p:  step 0: [c0 c1 … c(NR-1)]  step 1: [c0 … c(NR-1)]  …      f32, f16: a step is one k
+//!                                                                       bf16:     a step is two, (even, odd) in each 32-bit word
+//! ```
+//!
+//! A plain panel holds columns `p·NR ..`. A gated one holds LANES gate columns, then the LANES up columns of the same intermediate features, so
+//! that one tile has both halves of SwiGLU. Missing columns, and the odd half of a last pair, are zeros.
+
+use super::kernel::{PanelBf16, PanelF16, PanelF32, PanelFormat};
+use crate::element::{DType, flush_bf16};
+use crate::matrix::AnyMatRef;
+use bytemuck::{Pod, Zeroable};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+/// One cache line: the unit of packed storage, so that panels never straddle a line.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub(crate) struct CacheLine([u8; 64]);
+
+/// Zeroed storage of at least `bytes` bytes.
+pub(crate) fn zeroed_lines(bytes: usize) -> Box<[CacheLine]> {
+    bytemuck::zeroed_slice_box(bytes.div_ceil(64))
+}
+
+/// The geometry of a packed matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PanelLayout {
+    /// Lanes of the ISA it is packed for; NR is twice that.
+    pub(crate) lanes: usize,
+    /// Format of the weights.
+    pub(crate) dtype: DType,
+    /// Output columns: N, or I of a gated pair.
+    pub(crate) n: usize,
+    /// K, unpadded.
+    pub(crate) k: usize,
+    /// Panels hold gate and up columns side by side.
+    pub(crate) gated: bool,
+}
+
+impl PanelLayout {
+    pub(crate) fn nr(&self) -> usize {
+        2 * self.lanes
+    }
+
+    /// Output columns of one panel.
+    pub(crate) fn columns_per_panel(&self) -> usize {
+        if self.gated { self.lanes } else { self.nr() }
+    }
+
+    pub(crate) fn panels(&self) -> usize {
+        self.n.div_ceil(self.columns_per_panel())
+    }
+
+    /// k values in a step.
+    pub(crate) fn step(&self) -> usize {
+        match self.dtype {
+            DType::F32 => PanelF32::STEP,
+            DType::F16 => PanelF16::STEP,
+            DType::BF16 => PanelBf16::STEP,
+        }
+    }
+
+    pub(crate) fn steps(&self) -> usize {
+        self.k.div_ceil(self.step())
+    }
+
+    pub(crate) fn step_bytes(&self) -> usize {
+        self.nr() * self.step() * self.dtype.size()
+    }
+
+    pub(crate) fn panel_bytes(&self) -> usize {
+        self.steps() * self.step_bytes()
+    }
+
+    /// Bytes of the whole matrix, or `None` when they do not fit.
+    pub(crate) fn matrix_bytes(&self) -> Option<usize> {
+        // Everything is at most a small constant times n·k rounded up; the products below check it.
+        let padded_n = self.n.checked_next_multiple_of(self.columns_per_panel())?;
+        let padded_k = self.k.checked_next_multiple_of(self.step())?;
+        padded_n
+            .checked_mul(if self.gated { 2 } else { 1 })?
+            .checked_mul(padded_k)?
+            .checked_mul(self.dtype.size())
+            .filter(|&bytes| bytes <= isize::MAX as usize - 64)
+    }
+}
+
+/// Where a panel's NR columns come from: row `row` of `gate` or `up` for each, or nothing.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns<'a> {
+    /// The gate projection `[I, K]`, when gated.
+    pub(crate) gate: Option<AnyMatRef<'a>>,
+    /// The up projection, or the only one: `[n, K]`.
+    pub(crate) up: AnyMatRef<'a>,
+}
+
+impl<'a> Columns<'a> {
+    /// The matrix and row of column `c` of panel `p`, or `None` for padding.
+    fn source(&self, layout: &PanelLayout, p: usize, c: usize) -> Option<(&AnyMatRef<'a>, usize)> {
+        let (matrix, row) = match &self.gate {
+            Some(gate) if c < layout.lanes => (gate, p * layout.lanes + c),
+            Some(_) => (&self.up, p * layout.lanes + c - layout.lanes),
+            None => (&self.up, p * layout.nr() + c),
+        };
+        (row < layout.n).then_some((matrix, row))
+    }
+}
+
+/// k values packed at a time: 64 × 32 columns of f32 stay in L1 between the transposition and the conversion.
+const BLOCK: usize = 64;
+
+/// Fills one panel (`out`, zeroed, `panel_bytes` long).
+///
+/// Rows are read `BLOCK` elements at a time and transposed through a small f32 buffer; f32 holds every format exactly.
+pub(crate) fn pack_panel(layout: &PanelLayout, columns: &Columns<'_>, p: usize, out: &mut [u8]) {
+    let nr = layout.nr();
+    let mut row = [0.0f32; BLOCK];
+    let mut block = [0.0f32; BLOCK * 2 * crate::cpu::simd::MAX_LANES];
+    let mut k0 = 0;
+    while k0 < layout.k {
+        let kc = BLOCK.min(layout.k - k0);
+        let padded = kc.next_multiple_of(layout.step());
+        let block = &mut block[..padded * nr];
+        block.fill(0.0);
+        for c in 0..nr {
+            if let Some((matrix, i)) = columns.source(layout, p, c) {
+                matrix.widen_row(i, k0, &mut row[..kc]);
+                for (k, &value) in row[..kc].iter().enumerate() {
+                    block[k * nr + c] = value;
+                }
+            }
+        }
+        // BLOCK is even, so a block begins at a step.
+        let start = k0 / layout.step() * layout.step_bytes();
+        let len = padded / layout.step() * layout.step_bytes();
+        store_block(layout, block, &mut out[start..start + len]);
+        k0 += kc;
+    }
+}
+
+/// Narrows a `[k][NR]` block of f32 to the panel's format (to nearest, ties to even).
+fn store_block(layout: &PanelLayout, block: &[f32], out: &mut [u8]) {
+    match layout.dtype {
+        DType::F32 => bytemuck::cast_slice_mut::<u8, f32>(out).copy_from_slice(block),
+        DType::F16 => bytemuck::cast_slice_mut::<u8, f16>(out).convert_from_f32_slice(block),
+        DType::BF16 => {
+            let nr = layout.nr();
+            let words = bytemuck::cast_slice_mut::<u8, u32>(out).chunks_exact_mut(nr);
+            for (words, pair) in words.zip(block.chunks_exact(2 * nr)) {
+                let (even, odd) = pair.split_at(nr);
+                for ((word, &e), &o) in words.iter_mut().zip(even).zip(odd) {
+                    let bits = |x: f32| u32::from(flush_bf16(bf16::from_f32(x)).to_bits());
+                    *word = bits(o) << 16 | bits(e);
+                }
+            }
+        }
+    }
+}
+
+/// Puts a bias vector into panel order, zero where there is no column.
+pub(crate) fn pack_bias(
+    layout: &PanelLayout,
+    gate: Option<&[f32]>,
+    up: Option<&[f32]>,
+) -> Option<Box<[f32]>> {
+    if gate.is_none() && up.is_none() {
+        return None;
+    }
+    let at = |bias: Option<&[f32]>, i: usize| bias.and_then(|b| b.get(i)).copied().unwrap_or(0.0);
+    let (lanes, nr) = (layout.lanes, layout.nr());
+    Some(
+        (0..layout.panels() * nr)
+            .map(|j| match (layout.gated, j / nr, j % nr) {
+                (true, p, c) if c < lanes => at(gate, p * lanes + c),
+                (true, p, c) => at(up, p * lanes + c - lanes),
+                (false, _, _) => at(up, j),
+            })
+            .collect(),
+    )
+}
+
+/// How the rows of A are read.
+#[derive(Clone, Copy)]
+pub(crate) struct RowSource<'a> {
+    /// The matrix that rows come from.
+    pub(crate) x: AnyMatRef<'a>,
+    /// Row r of A is row `gather[r] / slots` of x; row r itself without it.
+    pub(crate) gather: Option<(&'a [u32], usize)>,
+    /// Row r is multiplied by `scale[gather[r]]` and rounded to x's format (experts whose weight acts on the input).
+    pub(crate) scale: Option<&'a [f32]>,
+    /// bf16 subnormals of x read as zeros: the weights are bf16.
+    pub(crate) flush: bool,
+}
+
+impl RowSource<'_> {
+    /// Columns `k0 .. k0 + out.len()` of row `r`, in f32.
+    fn read(&self, r: usize, k0: usize, out: &mut [f32]) {
+        let (row, pair) = match self.gather {
+            Some((pairs, slots)) => (pairs[r] as usize / slots, pairs[r] as usize),
+            None => (r, r),
+        };
+        self.x.widen_row(row, k0, out);
+        let dtype = self.x.dtype();
+        if let Some(scale) = self.scale {
+            let scale = scale[pair];
+            match dtype {
+                DType::F32 => out.iter_mut().for_each(|v| *v *= scale),
+                DType::F16 => out
+                    .iter_mut()
+                    .for_each(|v| *v = f16::from_f32(*v * scale).to_f32()),
+                DType::BF16 => out
+                    .iter_mut()
+                    .for_each(|v| *v = bf16::from_f32(*v * scale).to_f32()),
+            }
+        }
+        if self.flush && dtype == DType::BF16 {
+            // A bf16 is subnormal exactly when its f32 is (they share the exponent): keep its sign only.
+            for v in out.iter_mut() {
+                let bits = v.to_bits();
+                *v = f32::from_bits(if bits & 0x7f80_0000 == 0 {
+                    bits & 0x8000_0000
+                } else {
+                    bits
+                });
+            }
+        }
+    }
+}
+
+/// Packs rows `rows` and columns `k0 .. k0 + kc` of A as `[padded k][m]`; k values past K are zeros.
+pub(crate) fn pack_rows(
+    source: &RowSource<'_>,
+    rows: core::ops::Range<usize>,
+    k0: usize,
+    kc: usize,
+    out: &mut [f32],
+) {
+    let m = rows.len();
+    debug_assert!(out.len() >= kc * m && out.len().is_multiple_of(m));
+    let mut row = [0.0f32; 4 * BLOCK];
+    for (i, r) in rows.enumerate() {
+        let mut k = 0;
+        while k < kc {
+            let len = row.len().min(kc - k);
+            source.read(r, k0 + k, &mut row[..len]);
+            for (slot, &value) in out[k * m + i..].iter_mut().step_by(m).zip(&row[..len]) {
+                *slot = value;
+            }
+            k += len;
+        }
+    }
+    out[kc * m..].fill(0.0);
+}
