@@ -68,7 +68,8 @@ pub enum Clamp {
         /// The slope (1.702 in gpt-oss).
         alpha: f32,
     },
-    /// `g ← c·tanh(g/c)` with `gate`, `u` likewise with `up`; a cap of 0 leaves its side alone.
+    /// `cap(g) · σ(g) · cap(u)` with `cap(z) = c·tanh(z/c)`, whatever the activation function: SiLU whose sigmoid sees the uncapped g (Inkling 2).
+    /// A cap of 0 leaves its side alone.
     Softcap {
         /// Cap of the gate projection.
         gate: f32,
@@ -123,7 +124,7 @@ impl Activation {
         }
     }
 
-    fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         let bad = |argument, value: f32, low: f32| {
             if value.is_finite() && value >= low {
                 Ok(())
@@ -242,6 +243,7 @@ impl PackedMatrices {
         }
         w.expect("w", self.layout.n, self.layout.k)?;
         self.check_bias("bias", bias)?;
+        self.check_isa("cpu", cpu)?;
         Ok(self.append(cpu, &Columns { gate: None, up: w }, None, bias))
     }
 
@@ -268,6 +270,7 @@ impl PackedMatrices {
         up.expect("up", self.layout.n, self.layout.k)?;
         self.check_bias("gate_bias", gate_bias)?;
         self.check_bias("up_bias", up_bias)?;
+        self.check_isa("cpu", cpu)?;
         let columns = Columns {
             gate: Some(gate),
             up,
@@ -275,7 +278,7 @@ impl PackedMatrices {
         Ok(self.append(cpu, &columns, gate_bias, up_bias))
     }
 
-    fn check_bias(&self, argument: &'static str, bias: Option<&[f32]>) -> Result<()> {
+    pub(crate) fn check_bias(&self, argument: &'static str, bias: Option<&[f32]>) -> Result<()> {
         match bias {
             Some(b) if b.len() != self.layout.n => {
                 Err(Error::shape(argument, [self.layout.n], [b.len()]))
@@ -380,10 +383,12 @@ pub enum Groups<'a> {
         /// How many there are, `[E]`.
         counts: &'a [usize],
     },
-    /// All rows belong to expert 0: an ordinary matrix product.
+    /// All rows belong to one expert: an ordinary matrix product.
     Single {
         /// Number of rows.
         rows: usize,
+        /// The matrix to use.
+        expert: usize,
     },
 }
 
@@ -391,14 +396,15 @@ impl Groups<'_> {
     pub(crate) fn experts(&self) -> usize {
         match self {
             Self::Ragged { counts, .. } => counts.len(),
-            Self::Single { .. } => 1,
+            Self::Single { expert, .. } => expert + 1,
         }
     }
 
     pub(crate) fn rows_of(&self, expert: usize) -> Range<usize> {
         match self {
             Self::Ragged { offsets, counts } => offsets[expert]..offsets[expert] + counts[expert],
-            Self::Single { rows } => 0..*rows,
+            Self::Single { rows, expert: only } if expert == *only => 0..*rows,
+            Self::Single { .. } => 0..0,
         }
     }
 
@@ -406,13 +412,21 @@ impl Groups<'_> {
     pub(crate) fn total_rows(&self) -> usize {
         match self {
             Self::Ragged { offsets, .. } => offsets.last().copied().unwrap_or(0),
-            Self::Single { rows } => *rows,
+            Self::Single { rows, .. } => *rows,
         }
     }
 
     fn validate(&self, experts: usize) -> Result<()> {
-        let Self::Ragged { offsets, counts } = self else {
-            return Ok(());
+        let (offsets, counts) = match self {
+            Self::Ragged { offsets, counts } => (offsets, counts),
+            Self::Single { expert, .. } if *expert < experts => return Ok(()),
+            Self::Single { expert, .. } => {
+                return Err(Error::value(
+                    "groups",
+                    format!("an expert below {experts}"),
+                    expert,
+                ));
+            }
         };
         if counts.len() != experts || offsets.len() != experts + 1 {
             return Err(Error::shape(

@@ -2,8 +2,10 @@
 pub mod cpu;
 pub mod element;
 pub mod error;
+pub mod experts;
 pub mod grouped_gemm;
 pub mod matrix;
+pub mod reference;
 pub mod routing;
 pub mod shape;
 

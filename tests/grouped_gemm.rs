@@ -5,7 +5,8 @@ mod common;
 use common::{Rng, assert_same_bits, cpus, with_threads};
 use half::{bf16, f16};
 use moe_kernels::grouped_gemm::{
-    Activation, ActivationFunction, Gather, Groups, PackedMatrices, grouped_gemm_into, scratch_bytes,
+    Activation, ActivationFunction, Gather, Groups, PackedMatrices, grouped_gemm_into,
+    scratch_bytes,
 };
 use moe_kernels::{AnyMatRef, Cpu, DType, Error, Isa, MatMut, MatRef};
 use proptest::prelude::*;
@@ -70,7 +71,15 @@ impl Problem {
         let (offsets, counts) = ragged(&mut rng, rows, experts);
         let x = rng.normals(rows * k);
         let w = round_to(dtype, &rng.normals(experts * n * k));
-        Self { n, k, dtype, offsets, counts, x, w }
+        Self {
+            n,
+            k,
+            dtype,
+            offsets,
+            counts,
+            x,
+            w,
+        }
     }
 
     fn rows(&self) -> usize {
@@ -80,7 +89,9 @@ impl Problem {
     fn pack(&self, cpu: &Cpu) -> PackedMatrices {
         let mut packed = PackedMatrices::new(cpu, self.n, self.k, self.dtype).unwrap();
         for w in self.w.chunks(self.n * self.k) {
-            packed.push(cpu, MatRef::new(w, self.n, self.k).unwrap().into(), None).unwrap();
+            packed
+                .push(cpu, MatRef::new(w, self.n, self.k).unwrap().into(), None)
+                .unwrap();
         }
         packed
     }
@@ -93,7 +104,10 @@ impl Problem {
             MatRef::new(&self.x, self.rows(), self.k).unwrap().into(),
             None,
             packed,
-            Groups::Ragged { offsets: &self.offsets, counts: &self.counts },
+            Groups::Ragged {
+                offsets: &self.offsets,
+                counts: &self.counts,
+            },
             None,
             MatMut::new(&mut out, self.rows(), self.n).unwrap().into(),
             &mut scratch,

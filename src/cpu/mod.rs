@@ -3,6 +3,7 @@
 pub(crate) mod grouped_gemm;
 pub mod isa;
 pub(crate) mod parallel;
+pub mod roofline;
 pub(crate) mod simd;
 
 use crate::error::{Error, Result};

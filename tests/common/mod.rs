@@ -43,10 +43,16 @@ pub fn isas() -> Vec<Isa> {
         Ok(name) if !name.is_empty() => vec![Cpu::from_env().expect("MOE_KERNELS_ISA").isa()],
         _ => Isa::available(),
     };
-    for name in std::env::var("MOE_KERNELS_REQUIRE").unwrap_or_default().split(',') {
+    for name in std::env::var("MOE_KERNELS_REQUIRE")
+        .unwrap_or_default()
+        .split(',')
+    {
         // Other words (a GPU backend, say) are other tests' business.
         if let Ok(isa) = name.trim().parse::<Isa>() {
-            assert!(isas.contains(&isa), "{isa} is required but cannot run here: {isas:?}");
+            assert!(
+                isas.contains(&isa),
+                "{isa} is required but cannot run here: {isas:?}"
+            );
         }
     }
     isas
@@ -54,7 +60,10 @@ pub fn isas() -> Vec<Isa> {
 
 /// One `Cpu` for each ISA under test.
 pub fn cpus() -> Vec<Cpu> {
-    isas().into_iter().map(|isa| Cpu::with_isa(isa).unwrap()).collect()
+    isas()
+        .into_iter()
+        .map(|isa| Cpu::with_isa(isa).unwrap())
+        .collect()
 }
 
 /// Runs `f` inside a pool of `threads` threads.
@@ -68,7 +77,9 @@ pub fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R 
 
 /// Bits of a slice, with every NaN made the same (payloads are outside the contract).
 pub fn bits(v: &[f32]) -> Vec<u32> {
-    v.iter().map(|x| if x.is_nan() { 0x7fc0_0000 } else { x.to_bits() }).collect()
+    v.iter()
+        .map(|x| if x.is_nan() { 0x7fc0_0000 } else { x.to_bits() })
+        .collect()
 }
 
 /// Fails with the first place where the bits differ.

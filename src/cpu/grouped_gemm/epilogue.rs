@@ -113,8 +113,8 @@ fn activate<S: Simd>(s: S, activation: &Activation, g: S::F, u: S::F) -> S::F {
             (s.mul(g, math::sigmoid(s, s.mul(s.splat(alpha), g))), u)
         }
         Clamp::Softcap { gate, up } => {
-            let g = softcap(s, g, gate);
-            (scalar_function(s, f, g), softcap(s, u, up))
+            let g = s.mul(softcap(s, g, gate), math::sigmoid(s, g));
+            (g, softcap(s, u, up))
         }
     };
     if activation.gated { s.mul(g, u) } else { g }

@@ -1,0 +1,112 @@
+//! The two ceilings of the machine, measured: fused multiply-adds in registers, and reading memory.
+//!
+//! Machines are shared and clocks move, so a result is worth its ratio to the ceiling measured in the same run.
+
+use super::Cpu;
+use super::parallel::for_each_worker;
+use super::simd::{Op, Simd, dispatch};
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+/// Chains in the FMA loop: 12 cover a latency of 4 or 5 cycles × 2 a cycle and fit the 16 registers of AVX2.
+const CHAINS: usize = 12;
+
+struct FmaLoop {
+    rounds: usize,
+}
+
+impl Op for FmaLoop {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        // Values stay near 1 for ever: x ← x·a + b with a + b = 1.
+        let (a, b) = (s.splat(black_box(0.999_9)), s.splat(black_box(0.000_1)));
+        let mut chains = [s.splat(black_box(1.000_1)); CHAINS];
+        for _ in 0..self.rounds {
+            for chain in &mut chains {
+                *chain = s.fma(*chain, a, b);
+            }
+        }
+        let mut lanes = [0.0; super::simd::MAX_LANES];
+        let mut sum = 0.0;
+        for chain in chains {
+            s.store_slice(&mut lanes, chain);
+            sum += lanes[0];
+        }
+        sum
+    }
+}
+
+struct ReadLoop<'a> {
+    data: &'a [f32],
+}
+
+impl Op for ReadLoop<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let mut sums = [s.splat(0.0); 8];
+        for chunk in self.data.chunks_exact(8 * S::LANES) {
+            for (sum, v) in sums.iter_mut().zip(chunk.chunks_exact(S::LANES)) {
+                *sum = s.add(*sum, s.load_slice(v));
+            }
+        }
+        let mut lanes = [0.0; super::simd::MAX_LANES];
+        let mut total = 0.0;
+        for sum in sums {
+            s.store_slice(&mut lanes, sum);
+            total += lanes[0];
+        }
+        total
+    }
+}
+
+fn lanes(cpu: &Cpu) -> usize {
+    super::grouped_gemm::lanes(cpu.isa())
+}
+
+/// FLOP/s of dependent-free fused multiply-adds on `cpu`'s threads and instruction set: the best of several runs within `budget`.
+pub fn fma_peak(cpu: &Cpu, budget: Duration) -> f64 {
+    let threads = cpu.threads();
+    let flops_per_round = (2 * CHAINS * lanes(cpu)) as f64;
+    let mut rounds = 10_000;
+    let mut best = 0.0f64;
+    let end = Instant::now() + budget;
+    loop {
+        let start = Instant::now();
+        for_each_worker(threads, &|_| {
+            black_box(dispatch(cpu.isa(), FmaLoop { rounds }));
+        });
+        let time = start.elapsed().as_secs_f64();
+        best = best.max(flops_per_round * rounds as f64 * threads as f64 / time);
+        if time < 0.02 {
+            rounds *= 4;
+        }
+        if Instant::now() >= end {
+            return best;
+        }
+    }
+}
+
+/// Bytes/s of reading `buffer` (hundreds of megabytes, so that no cache holds it) on `cpu`'s threads: the best of several passes
+/// within `budget`.
+pub fn read_bandwidth(cpu: &Cpu, buffer: &[f32], budget: Duration) -> f64 {
+    let threads = cpu.threads();
+    let part = buffer.len().div_ceil(threads).max(1);
+    let mut best = 0.0f64;
+    let end = Instant::now() + budget;
+    loop {
+        let start = Instant::now();
+        for_each_worker(threads, &|worker| {
+            if let Some(data) = buffer.chunks(part).nth(worker) {
+                black_box(dispatch(cpu.isa(), ReadLoop { data }));
+            }
+        });
+        best = best.max(size_of_val(buffer) as f64 / start.elapsed().as_secs_f64());
+        if Instant::now() >= end {
+            return best;
+        }
+    }
+}
