@@ -4,11 +4,8 @@ mod common;
 
 use common::{Rng, assert_same_bits, cpus, with_threads};
 use half::{bf16, f16};
-use moe_kernels::grouped_gemm::{
-    Activation, ActivationFunction, Gather, Groups, PackedMatrices, grouped_gemm_into,
-    scratch_bytes,
-};
-use moe_kernels::{AnyMatRef, Cpu, DType, Error, Isa, MatMut, MatRef};
+use moe_kernels::grouped_gemm::{Groups, PackedMatrices, grouped_gemm_into, scratch_bytes};
+use moe_kernels::{Cpu, DType, MatMut, MatRef};
 use proptest::prelude::*;
 
 /// The definition of one output element: a chain of FMAs in the documented order.

@@ -1,9 +1,15 @@
 //! The CPU backend: one [`Cpu`] value says which instruction set runs and on how many threads.
 
+pub(crate) mod combine;
 pub(crate) mod grouped_gemm;
 pub mod isa;
+pub(crate) mod norm;
+pub(crate) mod out_rows;
 pub(crate) mod parallel;
+pub(crate) mod permute;
 pub mod roofline;
+pub(crate) mod routing;
+pub(crate) mod shared;
 pub(crate) mod simd;
 
 use crate::error::{Error, Result};

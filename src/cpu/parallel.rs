@@ -62,3 +62,47 @@ impl TaskCounter {
         (task < self.tasks).then_some(task)
     }
 }
+
+/// Calls `work(first_row, rows)` on parts of `data` (rows of `width`), concurrently where the pool has idle threads. Safe, since parts are split off.
+pub(crate) fn for_each_part(
+    threads: usize,
+    data: &mut [f32],
+    width: usize,
+    work: &(dyn Fn(usize, &mut [f32]) + Sync),
+) {
+    fn split(
+        parts: usize,
+        first: usize,
+        data: &mut [f32],
+        width: usize,
+        work: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) {
+        let rows = data.len() / width;
+        if parts <= 1 || rows <= 1 {
+            return work(first, data);
+        }
+        let half = rows / 2;
+        let (left, right) = data.split_at_mut(half * width);
+        let (left_parts, right_parts) = (parts / 2, parts - parts / 2);
+        join(
+            || split(left_parts, first, left, width, work),
+            || split(right_parts, first + half, right, width, work),
+        );
+    }
+    if width > 0 && !data.is_empty() {
+        split(threads, 0, data, width, work);
+    }
+}
+
+/// Runs both, concurrently where the pool has an idle thread. Allocates nothing.
+pub(crate) fn join(a: impl FnOnce() + Send, b: impl FnOnce() + Send) {
+    #[cfg(feature = "parallel")]
+    {
+        rayon::join(a, b);
+    }
+    #[cfg(not(feature = "parallel"))]
+    {
+        a();
+        b();
+    }
+}

@@ -140,10 +140,11 @@ pub enum Renorm {
 }
 
 /// Experts without weights, with ids E, E + 1, …
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum NullExperts {
     /// None.
+    #[default]
     None,
     /// So many that return their input: `y += w·x` (LongCat-Flash).
     Identity(usize),

@@ -29,13 +29,14 @@ pub(crate) use packing::{CacheLine, Columns, PanelLayout, RowSource, pack_bias, 
 
 use super::Cpu;
 use super::isa::Isa;
+use super::out_rows::OutRows;
 use super::parallel::{TaskCounter, for_each_worker};
 use super::simd::{Op, Simd, dispatch};
 use crate::element::DType;
 use crate::grouped_gemm::{Activation, Groups, PackedMatrices};
 use crate::matrix::AnyMatMut;
 use core::ops::Range;
-use epilogue::{OutRows, finish_panel};
+use epilogue::finish_panel;
 use kernel::{Kernel, MicroKernel, PanelBf16, PanelF16, PanelF32, PanelFormat, TileArgs};
 
 /// Most rows of a task. Each byte of B read from memory then feeds 2 · 96 / 4 = 48 FLOP (f32), above the balance of a core of some 110 GFLOP/s
@@ -72,7 +73,6 @@ pub(crate) fn pack_panels(cpu: &Cpu, layout: &PanelLayout, columns: &Columns<'_>
     let base = SharedPtr(out.as_mut_ptr());
     let tasks = TaskCounter::new(layout.panels());
     for_each_worker(cpu.threads().min(layout.panels()), &|_| {
-        let base = base;
         while let Some(p) = tasks.take() {
             // SAFETY: `out` holds `panels` runs of `panel_bytes`; each p is taken once.
             let panel = unsafe {
@@ -118,7 +118,6 @@ pub(crate) fn run(
     let out = OutRows::new(&mut out);
     let tasks = TaskCounter::new(plan.tasks);
     for_each_worker(cpu.threads().min(plan.tasks), &|worker| {
-        let scratch = scratch;
         // SAFETY: one part of WORKER_FLOATS for each worker below `threads`.
         let scratch = unsafe {
             core::slice::from_raw_parts_mut(

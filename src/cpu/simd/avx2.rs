@@ -1,7 +1,7 @@
 //! AVX2 with FMA and F16C: eight lanes. `vmaxps` and `vminps` return the second operand for NaN and for equal zeros, which is our
 //! definition.
 
-use super::{Isa, Op, Simd};
+use super::{Op, Simd};
 use core::arch::x86_64::*;
 
 /// Proof that the CPU has avx2,fma,f16c.
@@ -20,7 +20,6 @@ pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
 
 // Every `unsafe` below rests on the token: a `Avx2` is only made in `call`, whose caller has checked the CPU.
 impl Simd for Avx2 {
-    const ISA: Isa = Isa::Avx2;
     const LANES: usize = 8;
     // 6 × 2 accumulators + 2 panel vectors + 1 broadcast = 15 of 16 registers; 12 chains cover latency 4 × 2 FMA a cycle = 8.
     const MR: usize = 6;
@@ -178,11 +177,6 @@ impl Simd for Avx2 {
     fn gt_i(self, a: Self::I, b: Self::I) -> Self::M {
         // SAFETY: the token.
         unsafe { _mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)) }
-    }
-    #[inline(always)]
-    fn eq_i(self, a: Self::I, b: Self::I) -> Self::M {
-        // SAFETY: the token.
-        unsafe { _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)) }
     }
     #[inline(always)]
     fn select_i(self, m: Self::M, a: Self::I, b: Self::I) -> Self::I {

@@ -1,7 +1,7 @@
 //! AVX-512 F: sixteen lanes, thirty-two registers. Shifts take their count in a register because the immediate forms want another
 //! const type than the trait has; the compiler folds it.
 
-use super::{Isa, Op, Simd};
+use super::{Op, Simd};
 use core::arch::x86_64::*;
 
 /// Proof that the CPU has avx512f,avx2,fma,f16c.
@@ -20,7 +20,6 @@ pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
 
 // Every `unsafe` below rests on the token: a `Avx512` is only made in `call`, whose caller has checked the CPU.
 impl Simd for Avx512 {
-    const ISA: Isa = Isa::Avx512;
     const LANES: usize = 16;
     // 14 × 2 accumulators + 2 panel vectors + 1 broadcast = 31 of 32 registers.
     const MR: usize = 14;
@@ -178,11 +177,6 @@ impl Simd for Avx512 {
     fn gt_i(self, a: Self::I, b: Self::I) -> Self::M {
         // SAFETY: the token.
         unsafe { _mm512_cmpgt_epi32_mask(a, b) }
-    }
-    #[inline(always)]
-    fn eq_i(self, a: Self::I, b: Self::I) -> Self::M {
-        // SAFETY: the token.
-        unsafe { _mm512_cmpeq_epi32_mask(a, b) }
     }
     #[inline(always)]
     fn select_i(self, m: Self::M, a: Self::I, b: Self::I) -> Self::I {

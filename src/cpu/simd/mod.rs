@@ -29,8 +29,6 @@ pub(crate) const MAX_LANES: usize = 16;
 ///
 /// `F` holds [`Simd::LANES`] f32, `I` as many i32, `M` a truth value for each lane.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
-    /// Which instruction set this is.
-    const ISA: Isa;
     /// Lanes of a vector: 4, 8 or 16.
     const LANES: usize;
     /// Rows of the matrix tile: as many as leave MR × 2 accumulators, two panel vectors and one broadcast in registers.
@@ -91,6 +89,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// The bits of each lane.
     fn to_bits(self, a: Self::F) -> Self::I;
     /// Lanes from bits.
+    #[allow(clippy::wrong_self_convention)] // self is the token
     fn from_bits(self, a: Self::I) -> Self::F;
 
     /// All lanes `x`.
@@ -123,8 +122,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn sar<const N: i32>(self, a: Self::I) -> Self::I;
     /// a > b, signed.
     fn gt_i(self, a: Self::I, b: Self::I) -> Self::M;
-    /// a == b
-    fn eq_i(self, a: Self::I, b: Self::I) -> Self::M;
     /// a where `m`, else b.
     fn select_i(self, m: Self::M, a: Self::I, b: Self::I) -> Self::I;
     /// Integers as floats, rounded to nearest.

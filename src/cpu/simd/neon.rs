@@ -1,6 +1,6 @@
 //! AArch64 Advanced SIMD: four lanes, thirty-two registers. `fmax` and `fmin` propagate NaN, so `max` and `min` are comparisons here.
 
-use super::{Isa, Op, Simd};
+use super::{Op, Simd};
 use core::arch::aarch64::*;
 
 /// Proof that the CPU has neon.
@@ -19,7 +19,6 @@ pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
 
 // Every `unsafe` below rests on the token: a `Neon` is only made in `call`, whose caller has checked the CPU.
 impl Simd for Neon {
-    const ISA: Isa = Isa::Neon;
     const LANES: usize = 4;
     // 12 × 2 accumulators + 2 panel vectors + broadcasts = 27 of 32 registers; 24 chains cover latency 4 × 4 FMA a cycle = 16.
     const MR: usize = 12;
@@ -184,11 +183,6 @@ impl Simd for Neon {
     fn gt_i(self, a: Self::I, b: Self::I) -> Self::M {
         // SAFETY: the token.
         unsafe { vcgtq_s32(a, b) }
-    }
-    #[inline(always)]
-    fn eq_i(self, a: Self::I, b: Self::I) -> Self::M {
-        // SAFETY: the token.
-        unsafe { vceqq_s32(a, b) }
     }
     #[inline(always)]
     fn select_i(self, m: Self::M, a: Self::I, b: Self::I) -> Self::I {

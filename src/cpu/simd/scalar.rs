@@ -1,6 +1,6 @@
 //! Plain Rust: eight lanes as an array. Runs anywhere, and is the definition that the other files are tested against.
 
-use super::{Isa, Op, Simd};
+use super::{Op, Simd};
 use half::f16;
 
 const N: usize = 8;
@@ -26,7 +26,6 @@ fn zip<A: Copy, B: Copy, C>(a: [A; N], b: [B; N], f: impl Fn(A, B) -> C) -> [C; 
 }
 
 impl Simd for Scalar {
-    const ISA: Isa = Isa::Scalar;
     const LANES: usize = N;
     const MR: usize = 4;
 
@@ -161,10 +160,6 @@ impl Simd for Scalar {
     #[inline(always)]
     fn gt_i(self, a: Self::I, b: Self::I) -> Self::M {
         zip(a, b, |a, b| a > b)
-    }
-    #[inline(always)]
-    fn eq_i(self, a: Self::I, b: Self::I) -> Self::M {
-        zip(a, b, |a, b| a == b)
     }
     #[inline(always)]
     fn select_i(self, m: Self::M, a: Self::I, b: Self::I) -> Self::I {

@@ -1,0 +1,221 @@
+//! Stable counting sort of pairs by expert, and the row copies that go with it.
+//!
+//! The easy version:
+//! ```text
+//! for pair in 0..T·K: count[ids[pair]] += 1
+//! offsets = exclusive scan of count, each rounded up to the block size
+//! for pair in 0..T·K: row = next[ids[pair]]++; pair_of_row[row] = pair; row_of_pair[pair] = row
+//! ```
+//! Both loops are shared out in chunks of pairs with a histogram each; the scan then runs over (expert, chunk), so a chunk knows where
+//! its first pair of each expert goes. A stable sort has one answer, so neither the chunks nor the threads show in the result.
+#![allow(unsafe_code)] // the scatter: disjoint writes from several threads
+
+use super::Cpu;
+use super::parallel::{TaskCounter, for_each_worker};
+use super::shared::{SharedRows, SharedSlice};
+use crate::element::Element;
+use crate::matrix::{MatMut, MatRef};
+use crate::permute::{NO_PAIR, NO_ROW};
+use core::ops::Range;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+/// Pairs in a chunk: some 10 µs of work, so that a few chunks are worth a second thread. Never less than E, so that the histograms
+/// together stay about as small as the pairs.
+const CHUNK: usize = 8192;
+
+/// Pairs in a chunk with `num_experts` experts.
+fn chunk_len(num_experts: usize) -> usize {
+    CHUNK.max(num_experts)
+}
+
+/// Elements of the histograms: for each chunk one counter for each expert and one for the pairs that are passed over.
+pub(crate) fn histograms_len(pairs: usize, num_experts: usize) -> Option<usize> {
+    let chunks = pairs.div_ceil(chunk_len(num_experts));
+    chunks.checked_mul(num_experts.checked_add(1)?)
+}
+
+/// Which ids are sorted, which are passed over, which are wrong.
+pub(crate) struct Ids<'a> {
+    pub ids: &'a [i32],
+    pub num_experts: usize,
+    /// Ids inside are sorted; inside `0..num_experts`.
+    pub local: Range<usize>,
+    /// Ids from here on are wrong, and so are those below −1; all others outside `local` are passed over.
+    pub limit: usize,
+}
+
+impl Ids<'_> {
+    /// Number of chunks, and the pairs of one.
+    fn chunks(&self) -> (usize, impl Fn(usize) -> Range<usize> + Sync) {
+        let len = chunk_len(self.num_experts);
+        let pairs = self.ids.len();
+        (pairs.div_ceil(len), move |c| {
+            c * len..pairs.min((c + 1) * len)
+        })
+    }
+
+    /// Counters of a chunk: the local experts and, last, the pairs that are passed over.
+    fn buckets(&self) -> usize {
+        self.local.len() + 1
+    }
+
+    /// The counter of an id. No branch: with half of the experts on another rank it would be mispredicted every other time.
+    #[inline(always)]
+    fn bucket(&self, id: i32) -> usize {
+        // An id below the range, −1 included, wraps to a large number.
+        let local = (id as u32).wrapping_sub(self.local.start as u32);
+        (local as usize).min(self.local.len())
+    }
+
+    /// Whether an id is allowed.
+    pub(crate) fn is_valid(&self, id: i32) -> bool {
+        id == crate::routing::DROPPED || usize::try_from(id).is_ok_and(|id| id < self.limit)
+    }
+}
+
+/// Counts the pairs of each (chunk, bucket); returns whether every id is valid.
+pub(crate) fn count(cpu: &Cpu, ids: &Ids, histograms: &mut [u32]) -> bool {
+    let (chunks, pairs_of) = ids.chunks();
+    let buckets = ids.buckets();
+    let histograms = SharedSlice::new(histograms);
+    let all_valid = AtomicBool::new(true);
+    let tasks = TaskCounter::new(chunks);
+    for_each_worker(chunks.min(cpu.threads()), &|_| {
+        while let Some(c) = tasks.take() {
+            // SAFETY: the histogram of chunk c belongs to whoever took task c.
+            let histogram = unsafe { histograms.range(c * buckets..(c + 1) * buckets) };
+            histogram.fill(0);
+            let chunk = &ids.ids[pairs_of(c)];
+            // The extremes tell whether all are valid, and a loop over them alone is vectorised.
+            let (low, high) =
+                (chunk.iter()).fold((0, 0), |(low, high), &id| (id.min(low), id.max(high)));
+            let empty_or_valid = |id| chunk.is_empty() || id == 0 || ids.is_valid(id);
+            if !(empty_or_valid(low) && empty_or_valid(high)) {
+                all_valid.store(false, Ordering::Relaxed);
+            }
+            for &id in chunk {
+                histogram[ids.bucket(id)] += 1;
+            }
+        }
+    });
+    all_valid.into_inner()
+}
+
+/// Turns counts into the first row of each (chunk, local expert); fills `offsets` and `counts`; returns the number of rows.
+pub(crate) fn scan(
+    ids: &Ids,
+    histograms: &mut [u32],
+    block: usize,
+    offsets: &mut [usize],
+    counts: &mut [usize],
+) -> usize {
+    let mut row = 0;
+    for (e, total) in counts.iter_mut().enumerate() {
+        offsets[e] = row;
+        let mut next = row;
+        if ids.local.contains(&e) {
+            for histogram in histograms.chunks_exact_mut(ids.buckets()) {
+                let n = &mut histogram[e - ids.local.start];
+                let first = next;
+                next += *n as usize;
+                *n = first as u32; // fits: the caller bounded the number of rows
+            }
+        }
+        *total = next - row;
+        row += total.next_multiple_of(block);
+    }
+    for histogram in histograms.chunks_exact_mut(ids.buckets()) {
+        histogram[ids.local.len()] = NO_ROW;
+    }
+    offsets[counts.len()] = row;
+    row
+}
+
+/// Writes both permutations. `next` is what [`scan`] left: the first row of each (chunk, local expert), and `NO_ROW`.
+///
+/// Precondition: [`count`] and [`scan`] have run on the same ids, and `pair_of_row` has the number of rows that [`scan`] returned.
+pub(crate) fn scatter(
+    cpu: &Cpu,
+    ids: &Ids,
+    next: &mut [u32],
+    pair_of_row: &mut [u32],
+    row_of_pair: &mut [u32],
+) {
+    let (chunks, pairs_of) = ids.chunks();
+    let (buckets, passed_over) = (ids.buckets(), ids.local.len());
+    let next = SharedSlice::new(next);
+    let pair_of_row = SharedSlice::new(pair_of_row);
+    let row_of_pair = SharedSlice::new(row_of_pair);
+    let tasks = TaskCounter::new(chunks);
+    for_each_worker(chunks.min(cpu.threads()), &|_| {
+        while let Some(c) = tasks.take() {
+            let pairs = pairs_of(c);
+            // SAFETY: the counters and the pairs of chunk c belong to whoever took task c.
+            let (next, row_of_pair) = unsafe {
+                (
+                    next.range(c * buckets..(c + 1) * buckets),
+                    row_of_pair.range(pairs.clone()),
+                )
+            };
+            let mut nowhere = 0;
+            for ((pair, &id), row_of) in
+                (pairs.start as u32..).zip(&ids.ids[pairs]).zip(row_of_pair)
+            {
+                let bucket = ids.bucket(id);
+                let row = next[bucket];
+                next[bucket] = row.wrapping_add(u32::from(bucket != passed_over));
+                *row_of = row;
+                // SAFETY: each (chunk, expert) has as many rows of its own, from where the scan says, as it has pairs, so no other
+                // pair has this row. NO_ROW is outside the slice.
+                unsafe { *pair_of_row.get_or(row as usize, &mut nowhere) = pair };
+            }
+        }
+    });
+}
+
+/// Bytes below which another thread costs more than it copies.
+const BYTES_PER_THREAD: usize = 1 << 17;
+
+/// `out[i] = src[index[i] / divisor]`; zeros where the index is `NO_PAIR` (= `NO_ROW`).
+///
+/// Precondition: `out` has as many rows as there are indices, and every other `index / divisor` is a row of `src`.
+pub(crate) fn gather_rows<T: Element>(
+    cpu: &Cpu,
+    src: MatRef<T>,
+    index: &[u32],
+    divisor: usize,
+    out: MatMut<T>,
+) {
+    const { assert!(NO_PAIR == NO_ROW) };
+    let rows = index.len();
+    let bytes = out.cols().saturating_mul(size_of::<T>());
+    let rows_per_task = (BYTES_PER_THREAD / bytes.max(1)).clamp(1, 4096);
+    let tasks = TaskCounter::new(rows.div_ceil(rows_per_task));
+    let workers = rows.div_ceil(rows_per_task).min(cpu.threads());
+    let out = SharedRows::new(out);
+    for_each_worker(workers, &|_| {
+        while let Some(task) = tasks.take() {
+            let first = task * rows_per_task;
+            for (i, &source) in index.iter().enumerate().skip(first).take(rows_per_task) {
+                // SAFETY: row i belongs to the task, and the task to one worker.
+                let row = unsafe { out.row(i) };
+                match source {
+                    NO_PAIR => row.fill(T::default()),
+                    p => copy_row(&src, p as usize / divisor, row),
+                }
+            }
+        }
+    });
+}
+
+#[inline(always)]
+fn copy_row<T: Element>(src: &MatRef<T>, i: usize, out: &mut [T]) {
+    match src.row_slice(i) {
+        Some(row) => out.copy_from_slice(row),
+        None => {
+            for (j, o) in out.iter_mut().enumerate() {
+                *o = src.get(i, j).unwrap_or_default();
+            }
+        }
+    }
+}
