@@ -108,7 +108,7 @@ impl Permutation {
         let padding = max_pairs
             .min(num_experts)
             .saturating_mul(block.saturating_sub(1));
-        let scratch = kernel::histograms_len(max_pairs, num_experts).unwrap_or(usize::MAX);
+        let scratch = kernel::max_histograms_len(max_pairs, num_experts).unwrap_or(usize::MAX);
         grow(&mut self.offsets, num_experts.saturating_add(1));
         grow(&mut self.counts, num_experts);
         grow(&mut self.pair_of_row, max_pairs.saturating_add(padding));
@@ -137,7 +137,8 @@ impl Permutation {
             local,
             limit: num_experts.saturating_add(options.num_null),
         };
-        let scratch = kernel::histograms_len(ids.ids.len(), num_experts)
+        let scratch = ids
+            .histograms_len()
             .ok_or(Error::Overflow { what: "chunks·E" })?;
         self.histograms.resize(scratch, 0);
         if !kernel::count(cpu, &ids, &mut self.histograms) {

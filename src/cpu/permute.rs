@@ -28,8 +28,8 @@ fn chunk_len(num_experts: usize) -> usize {
     CHUNK.max(num_experts)
 }
 
-/// Elements of the histograms: for each chunk one counter for each expert and one for the pairs that are passed over.
-pub(crate) fn histograms_len(pairs: usize, num_experts: usize) -> Option<usize> {
+/// The most elements that the histograms can have: for each chunk a counter for each expert and one for the pairs that are passed over.
+pub(crate) fn max_histograms_len(pairs: usize, num_experts: usize) -> Option<usize> {
     let chunks = pairs.div_ceil(chunk_len(num_experts));
     chunks.checked_mul(num_experts.checked_add(1)?)
 }
@@ -52,6 +52,11 @@ impl Ids<'_> {
         (pairs.div_ceil(len), move |c| {
             c * len..pairs.min((c + 1) * len)
         })
+    }
+
+    /// Elements of the histograms. Exactly: [`scan`] takes every (chunk, bucket) for one that [`count`] has filled.
+    pub(crate) fn histograms_len(&self) -> Option<usize> {
+        self.chunks().0.checked_mul(self.buckets())
     }
 
     /// Counters of a chunk: the local experts and, last, the pairs that are passed over.
@@ -196,12 +201,13 @@ pub(crate) fn gather_rows<T: Element>(
     for_each_worker(workers, &|_| {
         while let Some(task) = tasks.take() {
             let first = task * rows_per_task;
-            for (i, &source) in index.iter().enumerate().skip(first).take(rows_per_task) {
+            let last = rows.min(first + rows_per_task);
+            for (i, &from) in (first..).zip(&index[first..last]) {
                 // SAFETY: row i belongs to the task, and the task to one worker.
                 let row = unsafe { out.row(i) };
-                match source {
+                match from {
                     NO_PAIR => row.fill(T::default()),
-                    p => copy_row(&src, p as usize / divisor, row),
+                    from => copy_row(&src, from as usize / divisor, row),
                 }
             }
         }

@@ -337,8 +337,8 @@ fn every_isa_gives_the_bits_of_the_scalar_path() {
 #[test]
 fn single_values_have_the_bits_of_the_vectors() {
     for x in [-3.7f32, -0.0, 0.4, 0.9, 17.0, f32::INFINITY] {
-        let functions: [(fn(f32) -> f32, Function); 6] = [
-            (exp1, Exp),
+        let functions = [
+            (exp1 as fn(f32) -> f32, Exp),
             (ln1, Ln),
             (sigmoid1, Sigmoid),
             (softplus1, Softplus),
