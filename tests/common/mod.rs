@@ -2,6 +2,20 @@
 #![allow(dead_code)] // each test file uses its own part
 
 use moe_kernels::{Cpu, Isa};
+use proptest::test_runner::Config;
+
+/// `default` proptest cases, or as many as `PROPTEST_CASES` says (emulators want fewer). Failures are not written to files.
+pub fn cases(default: u32) -> Config {
+    let cases = match std::env::var("PROPTEST_CASES") {
+        Ok(n) => n.parse().expect("PROPTEST_CASES"),
+        Err(_) => default,
+    };
+    Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    }
+}
 
 /// A small generator (SplitMix64): the same numbers on every machine.
 pub struct Rng(pub u64);
