@@ -1,6 +1,8 @@
 //! What the test files share: seeded data, every ISA in turn, thread pools, comparisons.
 #![allow(dead_code)] // each test file uses its own part
 
+pub mod layers;
+
 use moe_kernels::{Cpu, Isa};
 use proptest::test_runner::Config;
 
