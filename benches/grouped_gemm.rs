@@ -174,7 +174,7 @@ fn compare(p: &Problem, cpu: &Cpu) {
     check(p, &a, &b);
     let peak = roofline::fma_peak(cpu, Duration::from_millis(300));
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for _ in 0..7 {
+    for _ in 0..5 {
         let start = Instant::now();
         p.ours(cpu, &packed, black_box(&mut a), &mut scratch);
         ours.push(start.elapsed().as_secs_f64());

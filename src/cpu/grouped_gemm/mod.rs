@@ -37,7 +37,7 @@ use crate::grouped_gemm::{Activation, Groups, PackedMatrices};
 use crate::matrix::AnyMatMut;
 use core::ops::Range;
 use epilogue::finish_panel;
-use kernel::{Kernel, MicroKernel, PanelBf16, PanelF16, PanelF32, PanelFormat, TileArgs};
+use kernel::{Kernel, MicroKernel, PanelBf16, PanelF16, PanelF32, PanelFormat, TileArgs, UNROLL};
 
 /// Most rows of a task. Each byte of B read from memory then feeds 2 · 96 / 4 = 48 FLOP (f32), above the balance of a core of some 110 GFLOP/s
 /// and 15 GB/s.
@@ -308,9 +308,12 @@ fn multiply<K: MicroKernel>(
             };
             let b = &b[panel * layout.panel_bytes()..];
             let c = &mut c[(panel - panels.start) * block_floats..][..width * block_floats];
-            // LOOP 4
+            // LOOP 4. B is one stream in memory, slice after slice and panel after panel: while the row tiles use a slice, they fetch the next.
             for kk in (0..padded).step_by(KC) {
                 let steps = KC.min(padded - kk) / K::STEP;
+                let slice_bytes = steps * K::STEP_BYTES;
+                let turns = (steps / UNROLL).max(1);
+                let lines = (width * slice_bytes / 64).div_ceil(tiles * turns);
                 // LOOP 5
                 for t in 0..tiles {
                     let (from, to) = (tile_start(t), tile_start(t + 1));
@@ -322,6 +325,10 @@ fn multiply<K: MicroKernel>(
                         c: c[from * K::NR..].as_mut_ptr(),
                         c_stride: block_floats,
                         accumulate: k0 + kk > 0,
+                        prefetch: b[(k0 + kk) / K::STEP * K::STEP_BYTES..]
+                            .as_ptr()
+                            .wrapping_add(slice_bytes + t * turns * lines * 64),
+                        prefetch_lines: lines,
                     };
                     // SAFETY: A's tile holds `padded` values of k from `kk` on, each panel `panel_bytes` (asserted above), C `width` blocks of m rows;
                     // a tile has at most MR rows because tiles = ⌈m / MR⌉.

@@ -47,6 +47,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;
+    /// Asks for the cache line at `p`, which need not be valid.
+    fn prefetch(self, p: *const u8);
     /// `LANES` floats from memory, any alignment.
     ///
     /// # Safety

@@ -38,6 +38,13 @@ impl Simd for Neon {
         unsafe { vdupq_n_f32(x) }
     }
     #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: a prefetch never faults. (The intrinsic is not stable.)
+        unsafe {
+            core::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, readonly, preserves_flags));
+        }
+    }
+    #[inline(always)]
     unsafe fn load(self, p: *const f32) -> Self::F {
         // SAFETY: the caller's contract on `p`, and the token.
         unsafe { vld1q_f32(p) }

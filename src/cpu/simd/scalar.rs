@@ -42,6 +42,10 @@ impl Simd for Scalar {
         [x; N]
     }
     #[inline(always)]
+    fn prefetch(self, _p: *const u8) {
+        // Nothing to ask with.
+    }
+    #[inline(always)]
     unsafe fn load(self, p: *const f32) -> Self::F {
         // SAFETY: the caller's contract; arrays of f32 read unaligned here.
         unsafe { p.cast::<Self::F>().read_unaligned() }
