@@ -1,0 +1,13 @@
+//! What the examples and their tests share.
+#![allow(dead_code)] // each of them uses its own part
+
+pub mod case;
+pub mod check;
+pub mod conformance;
+pub mod fields;
+pub mod file;
+pub mod mlp;
+pub mod oracle;
+pub mod out;
+pub mod router;
+pub mod run;
