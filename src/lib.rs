@@ -5,6 +5,7 @@ pub mod element;
 pub mod error;
 pub mod experts;
 pub mod grouped_gemm;
+pub mod losses;
 pub mod matrix;
 pub mod moe;
 pub mod norm;

@@ -3,6 +3,7 @@
 pub(crate) mod combine;
 pub(crate) mod grouped_gemm;
 pub mod isa;
+pub(crate) mod losses;
 pub(crate) mod norm;
 pub(crate) mod out_rows;
 pub(crate) mod parallel;
