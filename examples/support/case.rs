@@ -97,8 +97,8 @@ pub struct Loss {
     /// As in the file: `[L, T, E]`, or `[T, E]` of a single layer.
     pub shape: Vec<usize>,
     pub logits: Vec<f32>,
-    /// `[T]`: tokens that count.
-    pub mask: Option<Vec<bool>>,
+    /// `[T]`: 1 for tokens that count, 0 for the others.
+    pub mask: Option<Vec<f32>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -479,7 +479,7 @@ impl Tensors {
     }
 
     /// Which tokens count.
-    fn mask(&mut self, name: &str, tokens: usize) -> Result<Vec<bool>> {
+    fn mask(&mut self, name: &str, tokens: usize) -> Result<Vec<f32>> {
         let tensor = self.take(name)?;
         let values: Vec<f64> = match &tensor.values {
             Values::Integers(v) => v.iter().map(|&v| v as f64).collect(),
@@ -494,7 +494,7 @@ impl Tensors {
         if let Some(bad) = values.iter().find(|v| **v != 0.0 && **v != 1.0) {
             return malformed(format!("tensor {name}: expected 0 or 1, got {bad}"));
         }
-        Ok(values.into_iter().map(|v| v == 1.0).collect())
+        Ok(values.into_iter().map(|v| v as f32).collect())
     }
 
     fn into_notes(mut self) -> Vec<String> {

@@ -238,12 +238,7 @@ pub fn layer(layer: &Layer) -> oracle::LayerResult {
 
 pub fn loss(loss: &Loss) -> oracle::Loss {
     let logits = wide(&loss.logits);
-    let mask: Vec<f64> = loss
-        .mask
-        .iter()
-        .flatten()
-        .map(|&m| f64::from(u8::from(m)))
-        .collect();
+    let mask = widened(&loss.mask);
     match loss.kind {
         LossKind::LoadBalancing { top_k } => {
             oracle::load_balancing_loss(&logits, loss.experts, top_k, &mask)

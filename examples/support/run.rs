@@ -1,10 +1,11 @@
 //! Runs a case through the crate's public API.
 
-use super::case::{Case, Latent, Layer, Loss, Norm, Task, dtype};
+use super::case::{Case, Latent, Layer, Loss, LossKind, Norm, Task, dtype};
 use super::mlp::{Combine, Mlp, Shared, matrix};
 use super::out::Output;
 use super::router::{Gate, Logits};
 use moe_kernels::experts::PackedExperts;
+use moe_kernels::losses::{LossScratch, load_balancing, router_z, switch_load_balancing};
 use moe_kernels::moe::{
     self, Forward, MoeLayer, PostNorm, RouteFrom, SharedCombine, SharedExperts,
 };
@@ -35,7 +36,7 @@ impl Machine {
 pub fn run(machine: &Machine, case: &Case) -> Result<Vec<Output>> {
     match &case.task {
         Task::Layer(layer) => run_layer(machine, layer),
-        Task::Loss(loss) => run_loss(loss),
+        Task::Loss(loss) => run_loss(machine, loss),
     }
 }
 
@@ -220,16 +221,25 @@ fn rms_norm(norm: &Norm) -> Result<RmsNorm> {
     RmsNorm::new(&norm.w, norm.eps)
 }
 
-/// From the f64 reference until the crate has losses of its own.
-fn run_loss(loss: &Loss) -> Result<Vec<Output>> {
-    let result = super::oracle::loss(loss);
+fn run_loss(machine: &Machine, loss: &Loss) -> Result<Vec<Output>> {
+    let cpu = &machine.cpu;
+    let rows = loss.layers.saturating_mul(loss.tokens);
+    let logits = MatRef::new(&loss.logits, rows, loss.experts)?.into();
+    let mut grad = vec![f32::NAN; loss.logits.len()];
+    let scratch = &mut LossScratch::default();
+    let value = match loss.kind {
+        LossKind::LoadBalancing { top_k } => {
+            let mask = loss.mask.as_deref();
+            load_balancing(cpu, logits, top_k, mask, Some(&mut grad), scratch)?
+        }
+        LossKind::SwitchLoadBalancing => {
+            switch_load_balancing(cpu, logits, loss.tokens, Some(&mut grad), scratch)?
+        }
+        LossKind::RouterZ => router_z(cpu, logits, Some(&mut grad), scratch)?,
+    };
     Ok(vec![
-        Output::f32("value", &[1], vec![result.value as f32]),
-        Output::f64("value_f64", &[1], vec![result.value]),
-        Output::f32(
-            "grad_logits",
-            &loss.shape,
-            result.grad_logits.iter().map(|v| *v as f32).collect(),
-        ),
+        Output::f32("value", &[1], vec![value as f32]),
+        Output::f64("value_f64", &[1], vec![value]),
+        Output::f32("grad_logits", &loss.shape, grad),
     ])
 }
