@@ -324,7 +324,7 @@ fn tensors_that_are_missing_or_wrong_are_named() {
 #[test]
 fn fields_that_contradict_are_named() {
     type Change = fn(&mut Value);
-    let changes: [(&str, Change); 15] = [
+    let changes: [(&str, Change); 16] = [
         ("field T is 5", |m| m["T"] = json!(5)),
         ("field H is 5", |m| m["H"] = json!(5)),
         ("expected shape [5, 4]", |m| m["E"] = json!(5)),
@@ -348,6 +348,9 @@ fn fields_that_contradict_are_named() {
         }),
         ("missing tensor shared_w_up", |m| {
             m["shared"]["n"] = json!(1)
+        }),
+        ("field selection.jitter_eps is missing", |m| {
+            m["selection"] = json!({"method": "sparsemixer", "top_k": 2});
         }),
         ("field capacity is missing", |m| {
             m["selection"] = json!({"method": "capacity_top2", "top_k": 2});

@@ -197,16 +197,26 @@ fn finish(
     Ok((format!("{time:.1?}{verdict}"), verdict.passed()))
 }
 
-/// The file's, or what rounding its weights to a narrower format allows: half a unit in the last place in each of the three matrices that
+/// The file's, or what rounding its weights to a narrower format allows: half a unit in the last place in each of the matrices that
 /// a token passes, with room for sums that cancel.
 pub fn tolerance(machine: &Machine, case: &Case) -> f64 {
-    let rounding = match (&case.task, machine.dtype) {
-        (Task::Layer(layer), Some(dtype)) if dtype != layer.experts.dtype() => match dtype {
-            DType::BF16 => 12.0 * 2f64.powi(-9),
-            DType::F16 => 12.0 * 2f64.powi(-12),
-            _ => 0.0,
-        },
-        _ => 0.0,
+    let (Task::Layer(layer), Some(dtype)) = (&case.task, machine.dtype) else {
+        return case.rtol;
     };
-    case.rtol.max(rounding)
+    let experts = [Some(layer.experts.dtype())];
+    let shared = layer.shared.as_ref().map(|s| s.mlp.dtype());
+    let latent = layer
+        .latent
+        .as_ref()
+        .and_then(|l| super::tensors::dtype(&l.in_w));
+    let rounded = experts
+        .into_iter()
+        .chain([shared, latent])
+        .flatten()
+        .any(|d| d != dtype);
+    case.rtol.max(match dtype {
+        DType::BF16 if rounded => 12.0 * 2f64.powi(-9),
+        DType::F16 if rounded => 12.0 * 2f64.powi(-12),
+        _ => 0.0,
+    })
 }

@@ -1,8 +1,8 @@
 //! The experts and the shared experts of a case.
 
-use super::case::{Tensors, dtype};
 use super::fields::Fields;
 use super::file::{Result, Tensor, Values, malformed};
+use super::tensors::{Tensors, dtype};
 use moe_kernels::experts::ExpertWeights;
 use moe_kernels::grouped_gemm::{Activation, ActivationFunction, Clamp};
 use moe_kernels::{AnyMatRef, DType, MatRef};

@@ -11,3 +11,4 @@ pub mod oracle;
 pub mod out;
 pub mod router;
 pub mod run;
+pub mod tensors;

@@ -1,8 +1,8 @@
 //! The router of a case: metadata and tensors into a [`RouterConfig`].
 
-use super::case::Tensors;
 use super::fields::Fields;
 use super::file::{Result, Tensor, malformed};
+use super::tensors::Tensors;
 use moe_kernels::routing::*;
 
 /// The router and everything that it reads besides x.
@@ -74,12 +74,14 @@ pub fn read_gate(
             ("softmax", Score::Softmax),
             ("sigmoid", Score::Sigmoid),
             ("sqrtsoftplus", Score::SqrtSoftplus),
+            ("sqrt_softplus", Score::SqrtSoftplus),
             ("identity", Score::Identity),
             ("none", Score::Identity),
         ],
     )?;
     let given = read_weights(weights, &mut config, joint)?;
-    read_selection(selection, capacity, &mut config, tokens)?;
+    let jitter = weights.number("jitter_eps")?;
+    read_selection(selection, capacity, &mut config, tokens, jitter)?;
 
     let columns = config.num_logits();
     let biased = router.flag("bias");
@@ -176,6 +178,7 @@ fn read_selection(
     capacity: &Fields,
     config: &mut RouterConfig,
     tokens: usize,
+    jitter_elsewhere: Option<f64>,
 ) -> Result<()> {
     let rank_by = meta.choice(
         "on",
@@ -183,13 +186,18 @@ fn read_selection(
         &[("score", RankBy::Score), ("logit", RankBy::Logit)],
     )?;
     let groups = read_groups(meta)?;
-    let jitter_eps = meta.f32_or("jitter_eps", 0.01)?;
+    let jitter_eps = meta.number("jitter_eps")?.or(jitter_elsewhere);
     let stacked = meta.get("stacked").is_none() || meta.flag("stacked");
     let method = meta.word("method", "topk")?;
     config.selection = match method {
         "topk" | "capacity_top1" | "capacity_top2" => Selection::TopK { rank_by, groups },
         "given" => Selection::Given,
-        "sparsemixer" => Selection::SparseMixer { jitter_eps },
+        "sparsemixer" => match jitter_eps {
+            Some(eps) => Selection::SparseMixer {
+                jitter_eps: eps as f32,
+            },
+            None => return malformed("field selection.jitter_eps is missing"),
+        },
         "product_key" => Selection::ProductKeys { stacked },
         "dense" => Selection::Dense,
         "expert_choice" => Selection::ExpertChoice {

@@ -1,9 +1,10 @@
 //! Runs a case through the crate's public API.
 
-use super::case::{Case, Latent, Layer, Loss, LossKind, Norm, Task, dtype};
+use super::case::{Case, Latent, Layer, Loss, LossKind, Norm, Task};
 use super::mlp::{Combine, Mlp, Shared, matrix};
 use super::out::Output;
 use super::router::{Gate, Logits};
+use super::tensors::dtype;
 use moe_kernels::experts::PackedExperts;
 use moe_kernels::losses::{LossScratch, load_balancing, router_z, switch_load_balancing};
 use moe_kernels::moe::{
