@@ -290,6 +290,75 @@ fn damaged_headers_do_not_panic() {
     }
 }
 
+/// Nor does any number in the metadata: each is refused or run.
+#[test]
+fn extreme_numbers_do_not_panic() {
+    let machine = Machine::new(None, None).unwrap();
+    let extremes = [0.0, -1.0, 0.5, 3.0, 1e-300, 1e9, 4e18, 1e300].map(|v| json!(v));
+    let whole = [
+        json!(u64::MAX),
+        json!(i64::MIN),
+        json!("Infinity"),
+        json!("NaN"),
+    ];
+    let methods = [
+        "topk",
+        "sparsemixer",
+        "product_key",
+        "capacity_top2",
+        "dense",
+        "expert_choice",
+    ];
+    for (method, value) in methods.iter().flat_map(|m| {
+        let values = extremes.iter().chain(&whole);
+        values.map(move |v| (m, v))
+    }) {
+        for field in [
+            "/T",
+            "/E",
+            "/H",
+            "/k",
+            "/rtol",
+            "/routed_out_scale",
+            "/selection/top_k",
+            "/selection/n_group",
+            "/selection/topk_group",
+            "/selection/jitter_eps",
+            "/weights/scale",
+            "/weights/eps",
+            "/weights/p",
+            "/router/logit_mul",
+            "/router/logit_softcap",
+            "/experts/limit",
+            "/experts/alpha",
+            "/shared/n",
+            "/null_experts/n",
+            "/capacity/per_expert",
+            "/capacity/scope_tokens",
+            "/capacity/eps",
+        ] {
+            let (mut meta, tensors) = sound();
+            meta["selection"] = json!({"method": method, "top_k": 2, "group_score": "top2_sum", "n_group": 2,
+                "topk_group": 1, "jitter_eps": 0.1});
+            meta["weights"] = json!({"renorm": "pnorm", "p": 2.0, "scale": 1.0, "eps": 0.0});
+            meta["null_experts"] = json!({"kind": "zero", "n": 0});
+            meta["capacity"] = json!({"per_expert": 1, "scope_tokens": 2, "eps": 0.0});
+            meta["experts"] = json!({"clamp": "oai", "limit": 1.0, "alpha": 1.0});
+            for missing in ["routed_out_scale", "rtol"] {
+                meta[missing] = json!(1.0);
+            }
+            if meta.pointer(field).is_none() {
+                let (object, name) = field[1..].split_once('/').unwrap();
+                meta[object][name] = json!(0);
+            }
+            *meta.pointer_mut(field).unwrap() = value.clone();
+            if let Ok(case) = read(&file(&meta, &tensors)) {
+                let _ = run(&machine, &case);
+            }
+        }
+    }
+}
+
 #[test]
 fn tensors_that_are_missing_or_wrong_are_named() {
     for name in ["x", "router_w", "w_gate", "w_up", "w_down"] {
