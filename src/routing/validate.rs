@@ -141,14 +141,16 @@ impl RouterConfig {
                 found,
             ));
         }
-        if matches!(self.selection, Selection::SparseMixer { .. })
-            && self.weights != WeightSource::Score
-        {
-            let found = format!("{:?}", self.weights);
+        let scored_only = matches!(
+            self.selection,
+            Selection::SparseMixer { .. } | Selection::ExpertChoice { .. }
+        );
+        if scored_only && self.weights != WeightSource::Score {
+            let expected = format!("Score, with {}", self.selection.name());
             return Err(Error::value(
                 "weights",
-                "Score, with SparseMixer, which has its own",
-                found,
+                expected,
+                format!("{:?}", self.weights),
             ));
         }
         match self.renorm {

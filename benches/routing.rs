@@ -1,0 +1,244 @@
+//! Routing at the shapes of published models: nanoseconds a token on one thread and on all, beside plain Rust with libm.
+//!
+//! `cargo bench --bench routing` checks every answer against the f64 oracle, prints a table (best of interleaved runs: ours, rival, ours, …), and then
+//! criterion's own figures.
+
+#![allow(missing_docs)] // criterion's macros make public functions
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use moe_kernels::reference;
+use moe_kernels::routing::{RouteInput, Router, RouterConfig, Routing};
+use moe_kernels::{Cpu, MatRef};
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+struct Problem {
+    name: &'static str,
+    router: Router,
+    tokens: usize,
+    logits: Vec<f32>,
+}
+
+fn random(seed: u64, n: usize) -> Vec<f32> {
+    let mut state = seed;
+    let mut uniform = || {
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    // Four uniforms: roughly normal, variance 4/3.
+    (0..n)
+        .map(|_| uniform() + uniform() + uniform() + uniform())
+        .collect()
+}
+
+fn problems() -> Vec<Problem> {
+    let shapes = [
+        ("mixtral 8/2", RouterConfig::mixtral(8, 2)),
+        ("gpt-oss 128/4", RouterConfig::gpt_oss(128, 4)),
+        ("llama4 128/1", RouterConfig::llama4(128, 1)),
+        ("olmoe 64/8", RouterConfig::olmoe(64, 8)),
+        ("qwen3 128/8", RouterConfig::qwen3_moe(128, 8)),
+        (
+            "deepseek-v3 256/8 of 4/8",
+            RouterConfig::deepseek_v3(256, 8, 8, 4, 2.5),
+        ),
+        ("kimi-k2 384/8", RouterConfig::kimi_k2(384, 8, 2.827)),
+        (
+            "longcat 768/12",
+            RouterConfig::longcat_flash(512, 256, 12, 6.0),
+        ),
+        ("softmax 4096/64", RouterConfig::mixtral(4096, 64)),
+    ];
+    let mut problems = Vec::new();
+    for (name, config) in shapes {
+        for tokens in [1, 64, 4096] {
+            if tokens * config.num_logits() > 1 << 22 {
+                continue;
+            }
+            let logits = random(1, tokens * config.num_logits());
+            let router = Router::new(config.clone()).unwrap();
+            problems.push(Problem {
+                name,
+                router,
+                tokens,
+                logits,
+            });
+        }
+    }
+    problems
+}
+
+impl Problem {
+    fn route(&self, cpu: &Cpu, routing: &mut Routing) {
+        let logits =
+            MatRef::new(&self.logits, self.tokens, self.router.config().num_logits()).unwrap();
+        self.router
+            .route(cpu, &RouteInput::new(logits), routing)
+            .unwrap();
+    }
+
+    /// The first tokens against the oracle: the same experts, weights within 1e-5. (Seeded, so no near tie comes by chance.)
+    fn check(&self, cpu: &Cpu) {
+        let config = self.router.config();
+        let mut routing = Routing::new();
+        self.route(cpu, &mut routing);
+        let tokens = self.tokens.min(4);
+        let mut spec = reference::RouterSpec::top_k(config.num_experts, config.top_k);
+        use moe_kernels::routing::{RankBy, Renorm, Score, Selection, WeightSource};
+        spec.num_null = config.null_experts.count();
+        spec.scale = config.scale.into();
+        if config.score == Score::Sigmoid {
+            spec.score = reference::Score::Sigmoid;
+        }
+        if config.weights == WeightSource::SoftmaxSelectedLogits {
+            spec.weights = reference::WeightsFrom::SoftmaxSelectedLogits;
+        }
+        spec.renorm = match config.renorm {
+            Renorm::None => reference::Renorm::None,
+            _ => reference::Renorm::Sum,
+        };
+        if let Selection::TopK { rank_by, groups } = config.selection {
+            if rank_by == RankBy::Logit {
+                spec.select_on = reference::SelectOn::Logit;
+            }
+            spec.groups = groups.map(|g| reference::Groups {
+                n_group: g.n_group,
+                topk_group: g.topk_group,
+                score: reference::GroupScore::Top2Sum,
+                fill: reference::Fill::NegInf,
+            });
+        }
+        let logits: Vec<f64> = self.logits[..tokens * config.num_logits()]
+            .iter()
+            .map(|&z| z.into())
+            .collect();
+        let expected = reference::route(&spec, &logits);
+        assert_eq!(
+            routing.ids()[..expected.ids.len()],
+            expected.ids,
+            "{}",
+            self.name
+        );
+        for (w, e) in routing.weights().iter().zip(&expected.weights) {
+            assert!(
+                (f64::from(*w) - e).abs() <= 1e-5 * e,
+                "{}: {w} is not {e}",
+                self.name
+            );
+        }
+    }
+}
+
+/// What a framework's author would write first: softmax with libm, quickselect, sort, divide.
+fn plain_softmax_top_k(
+    logits: &[f32],
+    experts: usize,
+    k: usize,
+    p: &mut [f32],
+    order: &mut [u32],
+    ids: &mut [i32],
+    weights: &mut [f32],
+) {
+    for ((z, ids), weights) in logits
+        .chunks_exact(experts)
+        .zip(ids.chunks_exact_mut(k))
+        .zip(weights.chunks_exact_mut(k))
+    {
+        let max = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        for (p, z) in p.iter_mut().zip(z) {
+            *p = (z - max).exp();
+        }
+        let sum: f32 = p.iter().sum();
+        p.iter_mut().for_each(|p| *p /= sum);
+        order.iter_mut().zip(0..).for_each(|(o, e)| *o = e);
+        let falling = |a: &u32, b: &u32| p[*b as usize].total_cmp(&p[*a as usize]);
+        if k < experts {
+            order.select_nth_unstable_by(k - 1, falling);
+        }
+        order[..k].sort_unstable_by(falling);
+        let kept: f32 = order[..k].iter().map(|&e| p[e as usize]).sum();
+        for ((id, w), &e) in ids.iter_mut().zip(weights).zip(order.iter()) {
+            *id = e as i32;
+            *w = p[e as usize] / kept;
+        }
+    }
+}
+
+/// Nanoseconds a token of the fastest of several interleaved runs of each.
+fn race(tokens: usize, runs: &mut [&mut dyn FnMut()]) -> Vec<f64> {
+    let mut best = vec![Duration::MAX; runs.len()];
+    let repeat = (4096 / tokens).max(1);
+    for _ in 0..15 {
+        for (best, run) in best.iter_mut().zip(runs.iter_mut()) {
+            let start = Instant::now();
+            (0..repeat).for_each(|_| run());
+            *best = (*best).min(start.elapsed());
+        }
+    }
+    best.iter()
+        .map(|b| b.as_nanos() as f64 / (repeat * tokens) as f64)
+        .collect()
+}
+
+fn table() {
+    let (one, all) = (Cpu::new().single_threaded(), Cpu::new());
+    println!("isa {}, {} threads, ns a token", all.isa(), all.threads());
+    println!(
+        "{:26} {:>6} {:>12} {:>12} {:>14}",
+        "router", "T", "one thread", "all threads", "plain softmax"
+    );
+    for problem in problems() {
+        problem.check(&all);
+        let config = problem.router.config();
+        let (e, k) = (config.num_logits(), config.slots());
+        let mut routings = [Routing::new(), Routing::new()];
+        let (mut p, mut order) = (vec![0.0; e], vec![0; e]);
+        let (mut ids, mut weights) = (vec![0; problem.tokens * k], vec![0.0; problem.tokens * k]);
+        let [first, second] = &mut routings;
+        let times = race(
+            problem.tokens,
+            &mut [
+                &mut || problem.route(&one, black_box(first)),
+                &mut || problem.route(&all, black_box(second)),
+                &mut || {
+                    plain_softmax_top_k(
+                        black_box(&problem.logits),
+                        e,
+                        k,
+                        &mut p,
+                        &mut order,
+                        &mut ids,
+                        &mut weights,
+                    )
+                },
+            ],
+        );
+        println!(
+            "{:26} {:>6} {:>12.1} {:>12.1} {:>14.1}",
+            problem.name, problem.tokens, times[0], times[1], times[2]
+        );
+    }
+}
+
+fn bench(c: &mut Criterion) {
+    table();
+    let mut group = c.benchmark_group("routing");
+    let cpu = Cpu::new();
+    for problem in problems() {
+        let mut routing = Routing::new();
+        group.throughput(Throughput::Elements(problem.tokens as u64));
+        group.bench_function(BenchmarkId::new(problem.name, problem.tokens), |b| {
+            b.iter(|| problem.route(&cpu, black_box(&mut routing)));
+        });
+    }
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(20).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_millis(800));
+    targets = bench
+}
+criterion_main!(benches);
