@@ -105,6 +105,8 @@ pub mod permute;
 pub mod reference;
 pub mod routing;
 pub mod shape;
+#[cfg(feature = "proptest")]
+pub mod strategies;
 mod workspace;
 
 pub use cpu::Cpu;

@@ -1,0 +1,126 @@
+//! The command line.
+
+use super::shapes::{Architecture, named, published};
+use super::{Result, fail};
+use clap::Parser;
+use moe_kernels::routing::Selection;
+use moe_kernels::{DType, Isa};
+use std::path::PathBuf;
+
+/// Runs one mixture-of-experts layer: packs it, times each stage, shows the experts' load, and checks sampled tokens against an f64 reference.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "layer")]
+pub struct Options {
+    /// A published layer by name; a wrong name lists them.
+    #[arg(long, default_value = "qwen3-30b-a3b", conflicts_with = "weights")]
+    pub shape: String,
+
+    /// Keep only so many experts of the shape, when memory is short.
+    #[arg(long, conflicts_with = "weights")]
+    pub experts: Option<usize>,
+
+    /// Tokens of a call; a list runs one after the other.
+    #[arg(long, value_delimiter = ',', default_value = "1,512")]
+    pub tokens: Vec<usize>,
+
+    /// Format of weights and activations: f32, f16 or bf16. Default: bf16, or that of the checkpoint.
+    #[arg(long, value_parser = dtype)]
+    pub dtype: Option<DType>,
+
+    /// Instruction set: scalar, avx2, avx512 or neon. Default: MOE_KERNELS_ISA, or the best one.
+    #[arg(long)]
+    pub isa: Option<Isa>,
+
+    /// Threads. Default: one for each core.
+    #[arg(long)]
+    pub threads: Option<usize>,
+
+    /// Seed of weights and tokens.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+
+    /// Timed calls, of which the median is shown. Default: as many as fit in about a second, 5 to 50.
+    #[arg(long)]
+    pub repeats: Option<usize>,
+
+    /// Tokens to check against the reference.
+    #[arg(long, default_value_t = 4)]
+    pub check: usize,
+
+    /// Do not measure the machine's peaks first; the table has no percentages then.
+    #[arg(long)]
+    pub no_peaks: bool,
+
+    /// A checkpoint in Hugging Face naming: a .safetensors file, or the .safetensors.index.json of several.
+    #[arg(long)]
+    pub weights: Option<PathBuf>,
+
+    /// Layer of the checkpoint.
+    #[arg(long, default_value_t = 0)]
+    pub layer: usize,
+
+    /// K, if there is no config.json beside the checkpoint.
+    #[arg(long)]
+    pub top_k: Option<usize>,
+
+    /// Whether the K weights are divided by their sum.
+    #[arg(long)]
+    pub norm_topk: Option<bool>,
+
+    /// Groups of experts.
+    #[arg(long)]
+    pub n_group: Option<usize>,
+
+    /// Groups that are kept.
+    #[arg(long)]
+    pub topk_group: Option<usize>,
+
+    /// Factor on the weights.
+    #[arg(long)]
+    pub scale: Option<f32>,
+}
+
+fn dtype(name: &str) -> std::result::Result<DType, String> {
+    let found = DType::ALL.into_iter().find(|dtype| dtype.name() == name);
+    found.ok_or_else(|| "expected f32, f16 or bf16".into())
+}
+
+impl Options {
+    /// The published layer, cut to `--experts`.
+    pub fn shape(&self) -> Result<Architecture> {
+        let Some(mut architecture) = named(&self.shape) else {
+            let names: Vec<String> = published().into_iter().map(|shape| shape.name).collect();
+            return fail(format!(
+                "--shape: unknown name {:?}; known are {}",
+                self.shape,
+                names.join(", ")
+            ));
+        };
+        let Some(experts) = self.experts else {
+            return Ok(architecture);
+        };
+        let router = &mut architecture.router;
+        let (all, k) = (router.num_experts, router.top_k);
+        if !(k..=all).contains(&experts) {
+            return fail(format!(
+                "--experts: expected {k} (K) to {all} (E), got {experts}"
+            ));
+        }
+        if let Selection::TopK {
+            groups: Some(g), ..
+        } = router.selection
+            && (experts % g.n_group != 0 || experts / g.n_group * g.topk_group < k)
+        {
+            let most = g.n_group * k.div_ceil(g.topk_group);
+            return fail(format!(
+                "--experts: {} groups of which {} are kept for K = {k} want a multiple of {}, at least {most}; got {experts}",
+                g.n_group, g.topk_group, g.n_group
+            ));
+        }
+        router.num_experts = experts;
+        if experts < all {
+            architecture.name += &format!(" cut to {experts} of {all} experts");
+        }
+        Ok(architecture)
+    }
+}

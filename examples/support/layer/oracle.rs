@@ -1,0 +1,501 @@
+//! Sampled tokens against [`moe_kernels::reference`], in f64 from the same weights, with a tolerance that follows from the arithmetic.
+//!
+//! 1. The logits must be within `γ(H)·Σ|x||w|` of the exact ones.
+//! 2. From the layer's logits on (so that a near tie is decided alike), ids must be equal, and weights within a few roundings.
+//! 3. The output must be within what these errors, carried through the experts, can make of it:
+//!
+//! ```text
+//! δg, δu  γ(H)·Σ|x||w|                                      rounding of the sums of gate and up
+//! δh      how far the activation moves when g, u move so    taken at the four corners, and a few roundings of its own
+//! δo      Σ δh·|w| + γ(I)·Σ|h||w| + 6·√Σ(u·h·w)²            u: h is rounded to the layer's format, I independent roundings
+//! δy      Σ weight·δo + |o|·δweight + γ(K)·Σ weight·|o| + u·|y|
+//! ```
+//!
+//! All but the root are worst cases. Roundings of h are independent and of mean zero, so 6 standard deviations bound their sum (after Higham and Mary
+//! 2019); the worst case would be √I times larger and would hide real errors.
+
+use super::measure::Sample;
+use super::shapes::{Architecture, Join};
+use super::source::{RouterTensors, SharedTensors, Source};
+use super::tensor::{Expert, seen_as};
+use super::{Result, fail};
+use moe_kernels::grouped_gemm as fast;
+use moe_kernels::reference::{self as exact, gamma, linear};
+use moe_kernels::routing as routers;
+use moe_kernels::{AnyMatRef, DType};
+use rayon::prelude::*;
+
+/// Unit roundoff of f32.
+const U: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// What the check found.
+#[derive(Clone, Debug, Default)]
+pub struct Checked {
+    /// Tokens looked at.
+    pub tokens: Vec<usize>,
+    pub logits: Worst,
+    pub weights: Worst,
+    pub y: Worst,
+    /// Slots whose expert is not the reference's, and is no tie either.
+    pub wrong_ids: usize,
+    /// Slots where f32 and f64 disagree about a tie within rounding.
+    pub near_ties: usize,
+}
+
+/// The element with the largest error for its tolerance.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Worst {
+    pub ratio: f64,
+    /// The largest error and the tolerance there.
+    pub max_error: f64,
+    pub tolerance: f64,
+    /// The largest |expected|.
+    pub scale: f64,
+}
+
+impl Worst {
+    fn see(&mut self, found: f64, expected: f64, tolerance: f64) {
+        let error = (found - expected).abs();
+        // NaN is never within a tolerance.
+        let ratio = if error <= tolerance {
+            error / tolerance.max(f64::MIN_POSITIVE)
+        } else {
+            error / tolerance
+        };
+        self.ratio = if ratio.is_nan() {
+            f64::INFINITY
+        } else {
+            self.ratio.max(ratio)
+        };
+        if error.is_nan() || error >= self.max_error {
+            (self.max_error, self.tolerance) = (error, tolerance);
+        }
+        self.scale = self.scale.max(expected.abs());
+    }
+}
+
+impl Checked {
+    pub fn passed(&self) -> bool {
+        let within = [self.logits, self.weights, self.y]
+            .iter()
+            .all(|w| w.ratio <= 1.0);
+        within && self.wrong_ids == 0
+    }
+}
+
+/// A vector and a bound on each element's error.
+struct Bounded {
+    value: Vec<f64>,
+    error: Vec<f64>,
+}
+
+/// Checks up to `count` tokens, spread over the call.
+pub fn check(
+    architecture: &Architecture,
+    source: &mut dyn Source,
+    dtype: DType,
+    sample: &Sample,
+    count: usize,
+) -> Result<Checked> {
+    let mut checked = Checked::default();
+    let count = count.min(sample.tokens);
+    let router = source.router()?;
+    let shared = source.shared()?;
+    let spec = spec_of(&architecture.router, router.correction.as_deref())?;
+    for n in 0..count {
+        let t = if count == 1 {
+            0
+        } else {
+            n * (sample.tokens - 1) / (count - 1)
+        };
+        checked.tokens.push(t);
+        check_logits(&mut checked, architecture, &router, sample, t)?;
+        let weights = check_routing(&mut checked, &spec, sample, t)?;
+        let y = token(
+            architecture,
+            source,
+            shared.as_ref(),
+            dtype,
+            sample,
+            t,
+            &weights,
+        )?;
+        let found = &sample.y[t * architecture.hidden..][..architecture.hidden];
+        for (j, &found) in found.iter().enumerate() {
+            checked.y.see(f64::from(found), y.value[j], y.error[j]);
+        }
+    }
+    Ok(checked)
+}
+
+fn check_logits(
+    checked: &mut Checked,
+    architecture: &Architecture,
+    router: &RouterTensors,
+    sample: &Sample,
+    t: usize,
+) -> Result<()> {
+    let hidden = architecture.hidden;
+    let x = widen(&sample.x[t * hidden..][..hidden]);
+    let bias = router.bias.as_deref().map(widen).unwrap_or_default();
+    let logits = product(&x, &abs(&x), &router.weight.view()?, DType::F32, &bias);
+    let found = &sample.logits[t * logits.value.len()..];
+    for (r, (&z, &size)) in logits.value.iter().zip(&logits.error).enumerate() {
+        checked.logits.see(
+            f64::from(found[r]),
+            z,
+            gamma(hidden + 1, U) * size + f64::from(f32::MIN_POSITIVE),
+        );
+    }
+    Ok(())
+}
+
+/// The reference's weights for the layer's ids and logits.
+fn check_routing(
+    checked: &mut Checked,
+    spec: &exact::RouterSpec,
+    sample: &Sample,
+    t: usize,
+) -> Result<Vec<f64>> {
+    let (k, r) = (spec.slots(), spec.router_rows());
+    let logits = widen(&sample.logits[t * r..][..r]);
+    let ids = &sample.ids[t * k..][..k];
+    let expected = exact::route(spec, &logits);
+    if expected.ids != ids {
+        let scores = exact::score(spec.score, &logits);
+        let value = |id: i32| {
+            let id = id as usize;
+            scores[id] + spec.correction_bias.get(id).copied().unwrap_or(0.0)
+        };
+        for (&found, &expected) in ids.iter().zip(&expected.ids) {
+            if found != expected {
+                let (a, b) = (value(found), value(expected));
+                let tie = (a - b).abs() <= 64.0 * U * a.abs().max(b.abs());
+                *(if tie {
+                    &mut checked.near_ties
+                } else {
+                    &mut checked.wrong_ids
+                }) += 1;
+            }
+        }
+    }
+    // Weights of the layer's own ids, so that a near tie counts once.
+    let weights = match spec.method {
+        exact::Method::TopK => {
+            let given = exact::Method::Given {
+                ids: ids.to_vec(),
+                weights: Vec::new(),
+            };
+            exact::route(
+                &exact::RouterSpec {
+                    method: given,
+                    ..spec.clone()
+                },
+                &logits,
+            )
+            .weights
+        }
+        _ => expected.weights,
+    };
+    // exp, sums and divisions: some tens of roundings; the exponent's own rounding grows with the logits.
+    let spread = logits.iter().fold(0.0f64, |m, z| m.max(z.abs()));
+    for (&found, &w) in sample.weights[t * k..][..k].iter().zip(&weights) {
+        checked.weights.see(
+            f64::from(found),
+            w,
+            (64.0 + 4.0 * spread) * U * w.abs() + f64::from(f32::MIN_POSITIVE),
+        );
+    }
+    Ok(weights)
+}
+
+/// y of token t from its ids and the reference's weights.
+fn token(
+    architecture: &Architecture,
+    source: &mut dyn Source,
+    shared: Option<&SharedTensors>,
+    dtype: DType,
+    sample: &Sample,
+    t: usize,
+    weights: &[f64],
+) -> Result<Bounded> {
+    let (hidden, k) = (architecture.hidden, weights.len());
+    let x = widen(&sample.x[t * hidden..][..hidden]);
+    let mlp = mlp_spec(&architecture.activation)?;
+    let mut y = Bounded {
+        value: vec![0.0; hidden],
+        error: vec![0.0; hidden],
+    };
+    let mut size = vec![0.0; hidden];
+    for (slot, &weight) in weights.iter().enumerate() {
+        let Ok(id) = usize::try_from(sample.ids[t * k + slot]) else {
+            continue;
+        };
+        let expert = source.expert(id)?;
+        let w_error = 128.0 * U * weight.abs();
+        let (factor, w_error, o) = if architecture.weight_on_input {
+            // x · weight is rounded to the layer's format, too.
+            let scaled: Vec<f64> = x.iter().map(|v| v * weight).collect();
+            (
+                1.0,
+                0.0,
+                expert_output(&mlp, &expert, &scaled, dtype, unit(dtype))?,
+            )
+        } else {
+            (
+                weight,
+                w_error,
+                expert_output(&mlp, &expert, &x, dtype, 0.0)?,
+            )
+        };
+        for j in 0..hidden {
+            y.value[j] += factor * o.value[j];
+            y.error[j] += factor.abs() * o.error[j] + w_error * (o.value[j].abs() + o.error[j]);
+            size[j] += (factor * o.value[j]).abs();
+        }
+    }
+    if let (Some(tensors), Some(shape)) = (shared, architecture.shared) {
+        let s = expert_output(&mlp, &tensors.expert, &x, dtype, 0.0)?;
+        let (gate, gate_error) = match (&tensors.gate, shape.join) {
+            (Some(gate), Join::SigmoidGate) => {
+                let z = product(&x, &abs(&x), &gate.view()?, DType::F32, &[]);
+                (
+                    exact::sigmoid(z.value[0]),
+                    0.25 * gamma(hidden, U) * z.error[0] + 64.0 * U,
+                )
+            }
+            _ => (1.0, 0.0),
+        };
+        for j in 0..hidden {
+            y.value[j] += gate * s.value[j];
+            y.error[j] += gate * s.error[j] + gate_error * (s.value[j].abs() + s.error[j]);
+            size[j] += (gate * s.value[j]).abs();
+        }
+    }
+    for j in 0..hidden {
+        y.error[j] += gamma(k + 3, U) * size[j];
+        y.error[j] += unit(dtype) * (y.value[j].abs() + y.error[j]) + smallest(dtype);
+    }
+    Ok(y)
+}
+
+/// One expert's output; each element of x is known to a relative error of `x_error`.
+fn expert_output(
+    mlp: &exact::MlpSpec,
+    expert: &Expert,
+    x: &[f64],
+    dtype: DType,
+    x_error: f64,
+) -> Result<Bounded> {
+    let weights = expert.views()?;
+    let bias = |b: Option<&[f32]>| b.map(widen).unwrap_or_default();
+    let sums = |w: &AnyMatRef<'_>, b: Option<&[f32]>| {
+        let mut sum = product(x, &abs(x), w, dtype, &bias(b));
+        let rounding = gamma(x.len() + 1, U);
+        sum.error.iter_mut().for_each(|size| *size *= rounding);
+        if x_error > 0.0 {
+            let rms = root_of_squares(x, w, dtype);
+            sum.error
+                .iter_mut()
+                .zip(rms)
+                .for_each(|(e, rms)| *e += 6.0 * x_error * rms);
+        }
+        sum
+    };
+    let u = sums(&weights.up, weights.up_bias);
+    let g = match &weights.gate {
+        Some(gate) => sums(gate, weights.gate_bias),
+        None => Bounded {
+            value: u.value.clone(),
+            error: u.error.clone(),
+        },
+    };
+    let mut h = Bounded {
+        value: Vec::new(),
+        error: Vec::new(),
+    };
+    for i in 0..u.value.len() {
+        let at = |dg: f64, du: f64| {
+            mlp.activate(g.value[i] + dg * g.error[i], u.value[i] + du * u.error[i])
+        };
+        let value = at(0.0, 0.0);
+        let moved = [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)]
+            .iter()
+            .fold(0.0f64, |m, &(dg, du)| m.max((at(dg, du) - value).abs()));
+        h.value.push(value);
+        h.error
+            .push(1.0625 * moved + 32.0 * U * value.abs() + smallest(dtype));
+    }
+    let mut o = product(
+        &h.value,
+        &abs(&h.value),
+        &weights.down,
+        dtype,
+        &bias(weights.down_bias),
+    );
+    let carried = product(&h.error, &h.error, &weights.down, dtype, &[]).error;
+    let rms = root_of_squares(&h.value, &weights.down, dtype);
+    for j in 0..o.value.len() {
+        o.error[j] =
+            gamma(h.value.len() + 1, U) * o.error[j] + carried[j] + 6.0 * unit(dtype) * rms[j];
+    }
+    Ok(o)
+}
+
+/// `value = x · wᵀ + b` and, as `error`, the size `Σ|x||w| + |b|` that its rounding is measured by. w as the kernels see it.
+fn product(x: &[f64], x_abs: &[f64], w: &AnyMatRef<'_>, dtype: DType, bias: &[f64]) -> Bounded {
+    let rows = by_rows(w, dtype, |row| {
+        let sizes: Vec<f64> = abs(row);
+        (
+            linear(x, x.len(), row, &[])[0],
+            linear(x_abs, x.len(), &sizes, &[])[0],
+        )
+    });
+    let b = |i: usize| bias.get(i).copied().unwrap_or(0.0);
+    Bounded {
+        value: rows.iter().enumerate().map(|(i, r)| r.0 + b(i)).collect(),
+        error: rows
+            .iter()
+            .enumerate()
+            .map(|(i, r)| r.1 + b(i).abs())
+            .collect(),
+    }
+}
+
+/// `√Σ(x·w)²`
+fn root_of_squares(x: &[f64], w: &AnyMatRef<'_>, dtype: DType) -> Vec<f64> {
+    by_rows(w, dtype, |row| {
+        x.iter()
+            .zip(row)
+            .map(|(x, w)| (x * w) * (x * w))
+            .sum::<f64>()
+            .sqrt()
+    })
+}
+
+fn by_rows<T: Send>(w: &AnyMatRef<'_>, dtype: DType, of: impl Fn(&[f64]) -> T + Sync) -> Vec<T> {
+    (0..w.rows())
+        .into_par_iter()
+        .map_init(
+            || vec![0.0; w.cols()],
+            |row, i| {
+                row.iter_mut()
+                    .enumerate()
+                    .for_each(|(j, v)| *v = seen_as(w, dtype, i, j));
+                of(row)
+            },
+        )
+        .collect()
+}
+
+fn widen(v: &[f32]) -> Vec<f64> {
+    v.iter().map(|&v| f64::from(v)).collect()
+}
+
+fn abs(v: &[f64]) -> Vec<f64> {
+    v.iter().map(|v| v.abs()).collect()
+}
+
+/// Unit roundoff of a format.
+fn unit(dtype: DType) -> f64 {
+    match dtype {
+        DType::BF16 => 1.0 / f64::from(1 << 8),
+        DType::F16 => 1.0 / f64::from(1 << 11),
+        _ => U,
+    }
+}
+
+/// Half the distance of its subnormals; for bf16, whose subnormals are flushed, its smallest normal number.
+fn smallest(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 1.0 / f64::from(1 << 25),
+        _ => f64::from(f32::MIN_POSITIVE),
+    }
+}
+
+fn mlp_spec(activation: &fast::Activation) -> Result<exact::MlpSpec> {
+    use fast::ActivationFunction as F;
+    let act = match activation.function {
+        F::Identity => exact::Activation::Identity,
+        F::Silu => exact::Activation::Silu,
+        F::Gelu => exact::Activation::Gelu,
+        F::GeluTanh => exact::Activation::GeluTanh,
+        F::Relu => exact::Activation::Relu,
+        F::Relu2 => exact::Activation::Relu2,
+        other => return fail(format!("the check does not know the activation {other:?}")),
+    };
+    let clamp = match activation.clamp {
+        fast::Clamp::None => exact::Clamp::None,
+        fast::Clamp::GptOss { limit, alpha } => exact::Clamp::Oai {
+            limit: limit.into(),
+            alpha: alpha.into(),
+        },
+        other => return fail(format!("the check does not know the clamp {other:?}")),
+    };
+    Ok(exact::MlpSpec {
+        gated: activation.gated,
+        act,
+        clamp,
+    })
+}
+
+/// The reference's description of a router of [`shapes`](super::shapes) or of a checkpoint.
+fn spec_of(
+    config: &routers::RouterConfig,
+    correction: Option<&[f32]>,
+) -> Result<exact::RouterSpec> {
+    use routers::{GroupScore, MaskedFill, RankBy, Renorm, Score, Selection, WeightSource};
+    let mut spec = exact::RouterSpec::top_k(config.num_experts, config.top_k);
+    spec.score = match config.score {
+        Score::Softmax => exact::Score::Softmax,
+        Score::Sigmoid => exact::Score::Sigmoid,
+        Score::SqrtSoftplus => exact::Score::SqrtSoftplus,
+        Score::Identity => exact::Score::Identity,
+        other => return fail(format!("the check does not know the score {other:?}")),
+    };
+    match config.selection {
+        Selection::TopK { rank_by, groups } => {
+            if rank_by == RankBy::Logit {
+                spec.select_on = exact::SelectOn::Logit;
+            }
+            spec.groups = groups.map(|g| exact::Groups {
+                n_group: g.n_group,
+                topk_group: g.topk_group,
+                score: match g.score {
+                    GroupScore::Max => exact::GroupScore::Max,
+                    _ => exact::GroupScore::Top2Sum,
+                },
+                fill: match g.fill {
+                    MaskedFill::Zero => exact::Fill::Zero,
+                    _ => exact::Fill::NegInf,
+                },
+            });
+        }
+        Selection::SparseMixer { jitter_eps } => {
+            spec.method = exact::Method::Sparsemixer {
+                jitter_eps: jitter_eps.into(),
+            };
+        }
+        other => return fail(format!("the check does not know the selection {other:?}")),
+    }
+    spec.weights = match config.weights {
+        WeightSource::Score => exact::WeightsFrom::Score,
+        WeightSource::SoftmaxSelectedLogits => exact::WeightsFrom::SoftmaxSelectedLogits,
+        other => return fail(format!("the check does not know weights from {other:?}")),
+    };
+    spec.renorm = match config.renorm {
+        Renorm::None => exact::Renorm::None,
+        Renorm::Sum => exact::Renorm::Sum,
+        Renorm::SumPlusEps(eps) => exact::Renorm::SumPlusEps(eps.into()),
+        Renorm::SumClampMin(eps) => exact::Renorm::SumClampMin(eps.into()),
+        Renorm::PNorm(p) => exact::Renorm::PNorm(p.into()),
+        other => {
+            return fail(format!(
+                "the check does not know the renormalisation {other:?}"
+            ));
+        }
+    };
+    spec.scale = config.scale.into();
+    spec.correction_bias = correction.map(widen).unwrap_or_default();
+    Ok(spec)
+}
