@@ -698,7 +698,7 @@ fn shapes() {
             assert!(text.contains(words), "no {words:?} in {text}");
         }
     }
-    let words = |line: &str| run(line).err().expect("a refusal").to_string();
+    let words = |line: &str| run(line).expect_err("a refusal").to_string();
     assert!(words("layer --shape nonsense").contains("mixtral-8x7b"));
     assert!(words("layer --shape tiny --experts 1").contains("expected 2 (K) to 8 (E), got 1"));
     assert!(words("layer --shape deepseek-v3 --experts 12").contains("multiple of 8"));

@@ -117,14 +117,22 @@ fn run_on(
     check_sizes(options, &architecture, dtype)?;
     report::header(out, &architecture, options, dtype)?;
 
-    let machine = (!options.no_peaks).then(|| Machine::measure(cpu));
+    let mut machine = (!options.no_peaks).then(|| Machine::measure(cpu));
     report::machine(out, cpu, machine.as_ref())?;
     let built = source::build(cpu, &architecture, source.as_mut(), dtype, progress)?;
     report::packed(out, &built)?;
 
     let mut runs = Vec::new();
     for &tokens in &options.tokens {
-        let measured = measure::measure(cpu, &built, &architecture, dtype, tokens, options)?;
+        let measured = measure::measure(
+            cpu,
+            &built,
+            &architecture,
+            dtype,
+            tokens,
+            machine.as_mut(),
+            options,
+        )?;
         report::stages(out, machine.as_ref(), &measured)?;
         report::load(out, &measured, architecture.experts())?;
         let checked = oracle::check(

@@ -1,18 +1,20 @@
 //! Sampled tokens against [`moe_kernels::reference`], in f64 from the same weights, with a tolerance that follows from the arithmetic.
 //!
-//! 1. The logits must be within `γ(H)·Σ|x||w|` of the exact ones.
+//! 1. The logits must be within `chain(H)·Σ|x||w|` of the exact ones.
 //! 2. From the layer's logits on (so that a near tie is decided alike), ids must be equal, and weights within a few roundings.
 //! 3. The output must be within what these errors, carried through the experts, can make of it:
 //!
 //! ```text
-//! δg, δu  γ(H)·Σ|x||w|                                      rounding of the sums of gate and up
-//! δh      how far the activation moves when g, u move so    taken at the four corners, and a few roundings of its own
-//! δo      Σ δh·|w| + γ(I)·Σ|h||w| + 6·√Σ(u·h·w)²            u: h is rounded to the layer's format, I independent roundings
-//! δy      Σ weight·δo + |o|·δweight + γ(K)·Σ weight·|o| + u·|y|
+//! chain(n)  γ(n), or 6·√n·u₃₂ where that is less             rounding of a chain of n f32 operations
+//! δg, δu    chain(H)·Σ|x||w|                                the sums of gate and up
+//! δh        how far the activation moves when g, u move so  taken at the four corners; a few roundings of its own;
+//!           + u·|h|                                         and h is rounded to the layer's format
+//! δo        6·√Σ(δh·w)² + chain(I)·Σ|h||w|
+//! δy        Σ weight·δo + |o|·δweight + chain(K)·Σ weight·|o| + u·|y|
 //! ```
 //!
-//! All but the root are worst cases. Roundings of h are independent and of mean zero, so 6 standard deviations bound their sum (after Higham and Mary
-//! 2019); the worst case would be √I times larger and would hide real errors.
+//! Where many roundings add up they count as independent and of mean zero, and 6 standard deviations bound their sum (Higham and Mary 2019). The worst
+//! case would be about √n times larger and would hide real errors.
 
 use super::measure::Sample;
 use super::shapes::{Architecture, Join};
@@ -20,13 +22,23 @@ use super::source::{RouterTensors, SharedTensors, Source};
 use super::tensor::{Expert, seen_as};
 use super::{Result, fail};
 use moe_kernels::grouped_gemm as fast;
-use moe_kernels::reference::{self as exact, gamma, linear};
+use moe_kernels::reference::{self as exact, linear};
 use moe_kernels::routing as routers;
 use moe_kernels::{AnyMatRef, DType};
 use rayon::prelude::*;
 
 /// Unit roundoff of f32.
 const U: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// The relative error of a chain of n f32 operations; see the top of this file.
+fn chain(n: usize) -> f64 {
+    // γ(36) and 6·√36·u meet.
+    if n < 36 {
+        exact::gamma(n, U)
+    } else {
+        6.0 * (n as f64).sqrt() * U
+    }
+}
 
 /// What the check found.
 #[derive(Clone, Debug, Default)]
@@ -144,7 +156,7 @@ fn check_logits(
         checked.logits.see(
             f64::from(found[r]),
             z,
-            gamma(hidden + 1, U) * size + f64::from(f32::MIN_POSITIVE),
+            chain(hidden + 1) * size + f64::from(f32::MIN_POSITIVE),
         );
     }
     Ok(())
@@ -227,31 +239,27 @@ fn token(
         error: vec![0.0; hidden],
     };
     let mut size = vec![0.0; hidden];
+    // y += factor · o, where the factor is known to within `factor_error`.
+    let mut add = |y: &mut Bounded, factor: f64, factor_error: f64, o: &Bounded| {
+        for (j, (&value, &error)) in o.value.iter().zip(&o.error).enumerate() {
+            y.value[j] += factor * value;
+            y.error[j] += factor.abs() * error + factor_error * (value.abs() + error);
+            size[j] += (factor * value).abs();
+        }
+    };
     for (slot, &weight) in weights.iter().enumerate() {
         let Ok(id) = usize::try_from(sample.ids[t * k + slot]) else {
             continue;
         };
         let expert = source.expert(id)?;
-        let w_error = 128.0 * U * weight.abs();
-        let (factor, w_error, o) = if architecture.weight_on_input {
+        if architecture.weight_on_input {
             // x · weight is rounded to the layer's format, too.
             let scaled: Vec<f64> = x.iter().map(|v| v * weight).collect();
-            (
-                1.0,
-                0.0,
-                expert_output(&mlp, &expert, &scaled, dtype, unit(dtype))?,
-            )
+            let o = expert_output(&mlp, &expert, &scaled, dtype, unit(dtype))?;
+            add(&mut y, 1.0, 0.0, &o);
         } else {
-            (
-                weight,
-                w_error,
-                expert_output(&mlp, &expert, &x, dtype, 0.0)?,
-            )
-        };
-        for j in 0..hidden {
-            y.value[j] += factor * o.value[j];
-            y.error[j] += factor.abs() * o.error[j] + w_error * (o.value[j].abs() + o.error[j]);
-            size[j] += (factor * o.value[j]).abs();
+            let o = expert_output(&mlp, &expert, &x, dtype, 0.0)?;
+            add(&mut y, weight, 128.0 * U * weight.abs(), &o);
         }
     }
     if let (Some(tensors), Some(shape)) = (shared, architecture.shared) {
@@ -261,19 +269,15 @@ fn token(
                 let z = product(&x, &abs(&x), &gate.view()?, DType::F32, &[]);
                 (
                     exact::sigmoid(z.value[0]),
-                    0.25 * gamma(hidden, U) * z.error[0] + 64.0 * U,
+                    0.25 * chain(hidden) * z.error[0] + 64.0 * U,
                 )
             }
             _ => (1.0, 0.0),
         };
-        for j in 0..hidden {
-            y.value[j] += gate * s.value[j];
-            y.error[j] += gate * s.error[j] + gate_error * (s.value[j].abs() + s.error[j]);
-            size[j] += (gate * s.value[j]).abs();
-        }
+        add(&mut y, gate, gate_error, &s);
     }
-    for j in 0..hidden {
-        y.error[j] += gamma(k + 3, U) * size[j];
+    for (j, size) in size.iter().enumerate() {
+        y.error[j] += chain(k + 3) * size;
         y.error[j] += unit(dtype) * (y.value[j].abs() + y.error[j]) + smallest(dtype);
     }
     Ok(y)
@@ -291,7 +295,7 @@ fn expert_output(
     let bias = |b: Option<&[f32]>| b.map(widen).unwrap_or_default();
     let sums = |w: &AnyMatRef<'_>, b: Option<&[f32]>| {
         let mut sum = product(x, &abs(x), w, dtype, &bias(b));
-        let rounding = gamma(x.len() + 1, U);
+        let rounding = chain(x.len() + 1);
         sum.error.iter_mut().for_each(|size| *size *= rounding);
         if x_error > 0.0 {
             let rms = root_of_squares(x, w, dtype);
@@ -323,8 +327,8 @@ fn expert_output(
             .iter()
             .fold(0.0f64, |m, &(dg, du)| m.max((at(dg, du) - value).abs()));
         h.value.push(value);
-        h.error
-            .push(1.0625 * moved + 32.0 * U * value.abs() + smallest(dtype));
+        let rounded = (32.0 * U + unit(dtype)) * value.abs() + smallest(dtype);
+        h.error.push(1.0625 * moved + rounded);
     }
     let mut o = product(
         &h.value,
@@ -333,11 +337,9 @@ fn expert_output(
         dtype,
         &bias(weights.down_bias),
     );
-    let carried = product(&h.error, &h.error, &weights.down, dtype, &[]).error;
-    let rms = root_of_squares(&h.value, &weights.down, dtype);
-    for j in 0..o.value.len() {
-        o.error[j] =
-            gamma(h.value.len() + 1, U) * o.error[j] + carried[j] + 6.0 * unit(dtype) * rms[j];
+    let carried = root_of_squares(&h.error, &weights.down, dtype);
+    for (error, carried) in o.error.iter_mut().zip(carried) {
+        *error = chain(h.value.len() + 1) * *error + 6.0 * carried;
     }
     Ok(o)
 }

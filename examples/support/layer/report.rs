@@ -49,7 +49,7 @@ pub fn machine(out: &mut dyn Write, cpu: &Cpu, machine: Option<&Machine>) -> Res
         let (flops, bytes) = (machine.fma_peak / 1e9, machine.read_bandwidth / 1e9);
         write!(
             out,
-            "; measured now: {flops:.1} GFLOP/s of f32 FMA, {bytes:.1} GB/s read"
+            "; measured at the start: {flops:.1} GFLOP/s of f32 FMA, {bytes:.1} GB/s read"
         )?;
     }
     Ok(writeln!(out)?)
@@ -66,12 +66,18 @@ pub fn packed(out: &mut dyn Write, built: &Built) -> Result<()> {
     Ok(())
 }
 
-/// The table of stages.
+/// The table of stages. Shares are of the best ceilings seen so far, at the start or between the calls.
 pub fn stages(out: &mut dyn Write, machine: Option<&Machine>, measured: &Measured) -> Result<()> {
     writeln!(
         out,
-        "\nT = {} (median of {} calls, each with other tokens)",
-        measured.tokens, measured.repeats
+        "\nT = {} (median of {} calls{})",
+        measured.tokens,
+        measured.repeats,
+        if machine.is_some() {
+            ", each with other tokens and cold caches"
+        } else {
+            ""
+        }
     )?;
     writeln!(
         out,
@@ -217,7 +223,7 @@ pub fn checked(out: &mut dyn Write, checked: &Checked) -> Result<()> {
         } = worst;
         writeln!(
             out,
-            "    {name:8} max error {max_error:.2e} (tolerance there {tolerance:.2e}, values up to {scale:.2e}); closest to its tolerance: {:.1}%",
+            "    {name:8} max error {max_error:.2e} (tolerance there {tolerance:.2e}, values up to {scale:.2e}); at most {:.1}% of the tolerance",
             100.0 * ratio
         )?;
     }

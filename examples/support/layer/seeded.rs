@@ -155,7 +155,7 @@ impl Source for Seeded {
 ///
 /// They share a direction, as hidden states do; so some experts are busier than others.
 pub fn tokens(seed: u64, first: usize, tokens: usize, hidden: usize, dtype: DType) -> Vec<f32> {
-    const COMMON: f32 = 0.5;
+    const COMMON: f32 = 0.3;
     let common = Generator::new(seed, Stream::Direction).floats(hidden, COMMON);
     let own = Generator::new(seed, Stream::Tokens);
     let scale = (3.0 * (1.0 - COMMON * COMMON)).sqrt();
