@@ -9,7 +9,7 @@ use super::{Result, fail};
 use moe_kernels::combine::{Combine, Routed, Shared, combine_into};
 use moe_kernels::cpu::roofline;
 use moe_kernels::grouped_gemm::{Gather, Groups, scratch_bytes};
-use moe_kernels::routing::{RouteInput, Routing};
+use moe_kernels::routing::{LoadStats, RouteInput, Routing};
 use moe_kernels::{Cpu, DType, MatMut, MatRef};
 use std::time::{Duration, Instant};
 
@@ -75,6 +75,7 @@ pub struct Sample {
     pub weights: Vec<f32>,
     /// `[T, H]`
     pub y: Vec<f32>,
+    pub load: LoadStats,
 }
 
 /// What a number of tokens gave.
@@ -242,6 +243,7 @@ impl<'a> Call<'a> {
             ids: self.routing.ids().to_vec(),
             weights: self.routing.weights().to_vec(),
             y: self.y.f32s(),
+            load: LoadStats::of(&self.routing),
         })
     }
 

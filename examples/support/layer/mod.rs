@@ -134,7 +134,7 @@ fn run_on(
             options,
         )?;
         report::stages(out, machine.as_ref(), &measured)?;
-        report::load(out, &measured, architecture.experts())?;
+        report::load(out, &measured)?;
         let checked = oracle::check(
             &architecture,
             source.as_mut(),

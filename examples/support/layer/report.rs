@@ -6,7 +6,6 @@ use super::options::Options;
 use super::oracle::{Checked, Worst};
 use super::shapes::{Architecture, Join};
 use super::source::Built;
-use moe_kernels::reference::load_stats;
 use moe_kernels::{Cpu, DType};
 use std::io::Write;
 
@@ -122,27 +121,31 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// The experts' load.
-pub fn load(out: &mut dyn Write, measured: &Measured, experts: usize) -> Result<()> {
-    let stats = load_stats(&measured.sample.ids, experts);
-    let most = stats.counts.iter().copied().max().unwrap_or(0);
-    let idle = stats.counts.iter().filter(|&&n| n == 0).count();
-    let pairs: usize = stats.counts.iter().sum();
-    let mean = pairs as f64 / experts as f64;
-    let even = (experts as f64).ln().max(f64::MIN_POSITIVE);
+/// The experts' load in the checked call.
+pub fn load(out: &mut dyn Write, measured: &Measured) -> Result<()> {
+    let load = &measured.sample.load;
+    let experts = load.counts().len();
+    let even = (experts as f64).ln();
+    let of_even = if even > 0.0 {
+        100.0 * load.entropy() / even
+    } else {
+        100.0
+    };
     writeln!(
         out,
-        "  load: {pairs} pairs, mean {mean:.2} and most {most} an expert; {idle} of {experts} experts idle, {} pairs dropped",
-        stats.dropped
+        "  load: {} pairs, the busiest expert has {:.2} times the mean, {} of {experts} experts idle, {} pairs dropped",
+        load.served(),
+        load.max_over_mean(),
+        load.unused().count(),
+        load.dropped()
     )?;
     writeln!(
         out,
-        "  entropy {:.3} nats ({:.1}% of even), coefficient of variation {:.3}",
-        stats.entropy,
-        100.0 * stats.entropy / even,
-        stats.coefficient_of_variation
+        "  entropy {:.3} nats ({of_even:.1}% of even), coefficient of variation {:.3}",
+        load.entropy(),
+        load.coefficient_of_variation()
     )?;
-    bars(out, &stats.counts)
+    bars(out, load.counts())
 }
 
 /// Experts in a line of bars.
@@ -151,7 +154,7 @@ const LINE: usize = 64;
 const HEIGHT: usize = 4;
 
 /// A bar for each expert; those of many experts stand in several lines of one scale.
-pub fn bars(out: &mut dyn Write, counts: &[usize]) -> Result<()> {
+pub fn bars(out: &mut dyn Write, counts: &[u64]) -> Result<()> {
     const EIGHTHS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     let most = counts.iter().copied().max().unwrap_or(0);
     if most == 0 {
@@ -169,7 +172,7 @@ pub fn bars(out: &mut dyn Write, counts: &[usize]) -> Result<()> {
             let mut text = format!("  {label:>6} │");
             for &count in counts {
                 // Rounded up, so that one pair is seen.
-                let eighths = (count * HEIGHT * 8).div_ceil(most);
+                let eighths = (count * (HEIGHT as u64) * 8).div_ceil(most) as usize;
                 let c = EIGHTHS[eighths.saturating_sub(level * 8).min(8)];
                 text.extend(std::iter::repeat_n(c, wide));
                 text.extend((wide > 1).then_some(' '));
