@@ -290,10 +290,18 @@ impl MoeLayer {
     /// A layer whose experts work in a latent space of L = `experts.hidden()` columns.
     ///
     /// # Errors
-    /// As [`MoeLayer::new`], and [`Error::Shape`] naming `latent`.
+    /// As [`MoeLayer::new`]; [`Error::Shape`] naming `latent`; [`Error::Value`] with identity experts, for which no model says which space they
+    /// return.
     pub fn new_latent(router: Router, experts: PackedExperts, latent: Latent) -> Result<Self> {
         if latent.width() != experts.hidden() {
             return Err(Error::shape("latent", [experts.hidden()], [latent.width()]));
+        }
+        if matches!(router.config().null_experts, NullExperts::Identity(_)) {
+            return Err(Error::value(
+                "latent",
+                "no identity experts beside it",
+                "some",
+            ));
         }
         Ok(Self {
             latent: Some(latent),

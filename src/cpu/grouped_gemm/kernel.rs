@@ -278,11 +278,17 @@ impl<S: Simd, Format: PanelFormat> MicroKernel for Kernel<S, Format> {
         macro_rules! tiles {
             ($(($m:literal, $p:literal))*) => {
                 match (rows, panels) {
-                    // The guard's constant half drops the tiles that this ISA has no registers for.
-                    $(($m, $p) if $m * $p <= S::MR => self.simd.outline(Tile::<Format, $m, $p> {
-                        args,
-                        format: PhantomData,
-                    }),)*
+                    $(($m, $p) => {
+                        // A constant, so that tiles which this ISA has no registers for are not even compiled.
+                        if const { $m * $p <= S::MR } {
+                            self.simd.outline(Tile::<Format, $m, $p> {
+                                args,
+                                format: PhantomData,
+                            })
+                        } else {
+                            unreachable!("{rows} rows and {panels} panels in a tile of {}", S::MR)
+                        }
+                    })*
                     _ => unreachable!("no tile of {rows} rows and {panels} panels"),
                 }
             };
