@@ -72,16 +72,18 @@ expected_isas() {
 }
 
 # test_executable NAME: the path of a test binary built by `cargo test` with default features: `lib` for the unit tests, else the stem
-# of a file in tests/. Prints nothing when there is no such test.
+# of a file in tests/. It is an error if there is no such test.
 test_executable() {
     cargo test --locked --no-run --lib --tests --message-format=json 2>/dev/null |
         python3 -c '
 import json, sys
-wanted = sys.argv[1]
+wanted, found = sys.argv[1], None
 for line in sys.stdin:
     m = json.loads(line)
     if m.get("reason") == "compiler-artifact" and m["profile"]["test"] and m["executable"]:
         is_lib = "lib" in m["target"]["kind"]
         if wanted == ("lib" if is_lib else m["target"]["name"]):
-            print(m["executable"])' "$1"
+            found = m["executable"]
+if not found: sys.exit("no test named " + wanted)
+print(found)' "$1"
 }
