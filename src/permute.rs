@@ -148,8 +148,9 @@ impl Permutation {
         self.offsets.resize(num_experts + 1, 0);
         self.counts.resize(num_experts, 0);
         let (offsets, counts) = (&mut self.offsets, &mut self.counts);
-        let rows = kernel::scan(&ids, &mut self.histograms, options.block, offsets, counts);
-        self.pair_of_row.resize(rows, NO_PAIR);
+        let all_rows = kernel::scan(&ids, &mut self.histograms, options.block, offsets, counts);
+        let rows = offsets[num_experts];
+        self.pair_of_row.resize(all_rows, NO_PAIR);
         self.row_of_pair.resize(ids.ids.len(), NO_ROW);
         if options.block > 1 {
             for (ends, &count) in self.offsets.windows(2).zip(&self.counts) {
@@ -157,7 +158,15 @@ impl Permutation {
             }
         }
         let (pair_of_row, row_of_pair) = (&mut self.pair_of_row, &mut self.row_of_pair);
-        kernel::scatter(cpu, &ids, &mut self.histograms, pair_of_row, row_of_pair);
+        kernel::scatter(
+            cpu,
+            &ids,
+            rows as u32,
+            &mut self.histograms,
+            pair_of_row,
+            row_of_pair,
+        );
+        self.pair_of_row.truncate(rows);
         Ok(())
     }
 

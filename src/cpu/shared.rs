@@ -40,20 +40,15 @@ impl<'a, T> SharedSlice<'a, T> {
         }
     }
 
-    /// Element `i`, or `outside` when there is no such element. A conditional move, not a branch.
+    /// Sets element `i`; panics when it is outside.
     ///
     /// # Safety
-    /// While the result lives, nobody else uses element `i`.
+    /// Nobody else uses element `i` at the same time.
     #[inline(always)]
-    #[allow(clippy::mut_from_ref)] // the point of the type
-    pub(crate) unsafe fn get_or<'b>(&'b self, i: usize, outside: &'b mut T) -> &'b mut T {
-        let element = if i < self.len {
-            self.first.wrapping_add(i)
-        } else {
-            outside
-        };
-        // SAFETY: inside the borrowed slice, and unshared by the caller's contract; or the caller's own `outside`.
-        unsafe { &mut *element }
+    pub(crate) unsafe fn set(&self, i: usize, value: T) {
+        assert!(i < self.len);
+        // SAFETY: inside the borrowed slice by the assertion, and unshared by the caller's contract.
+        unsafe { *self.first.add(i) = value }
     }
 }
 
