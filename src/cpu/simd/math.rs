@@ -2,8 +2,8 @@
 //! bits. libm is not used because it differs from platform to platform.
 //!
 //! Each function is: own range reduction, a minimax polynomial (Remez, relative error, coefficients rounded to f32), reconstruction.
-//! No table, no branch, no fast-math, no flush to zero. NaN propagates (its payload may not). Errors in the docstrings are the largest
-//! found over all f32 inputs against f64 (`math/tests.rs`: a dense scan in every test run, all 2³² in the ignored one).
+//! No table, no branch, no fast-math, no flush to zero. NaN propagates (its payload may not). The docstrings state error bounds against f64, which
+//! `math/tests.rs` checks at 858 thousand bit patterns of each function in every run; its ignored test takes all 2³² (so far done for exp only: 0.891 ulp).
 //! Clamps are written `max(constant, x)`, in this order: [`Simd::max`] returns its second argument when one is NaN.
 //!
 //! Sums over experts or features have one shape as well, 32 lanes: see [`Lanes32`].
