@@ -8,8 +8,6 @@
 //!
 //! Sums over experts or features have one shape as well, 32 lanes: see [`Lanes32`].
 
-#![allow(dead_code)] // until every room that uses it is there
-
 use super::{Scalar, Simd};
 
 #[cfg(test)]
@@ -315,12 +313,16 @@ single! {
     /// [`ln`] of one number.
     ln1 = ln;
     /// [`sigmoid`] of one number.
+    #[cfg(test)]
     sigmoid1 = sigmoid;
     /// [`softplus`] of one number.
+    #[cfg(test)]
     softplus1 = softplus;
     /// [`tanh`] of one number.
+    #[cfg(test)]
     tanh1 = tanh;
     /// [`normal_quantile`] of one number.
+    #[cfg(test)]
     normal_quantile1 = normal_quantile;
 }
 

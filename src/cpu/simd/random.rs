@@ -1,9 +1,9 @@
 //! Random numbers by counter: a number depends on (seed, token, expert) alone, not on batch, thread or backend.
 
-#![allow(dead_code)] // until routing uses it
-
 use super::Simd;
-use super::math::{normal_quantile, normal_quantile1};
+use super::math::normal_quantile;
+#[cfg(test)]
+use super::math::normal_quantile1;
 
 /// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four random words for a
 /// counter under a key.
@@ -39,11 +39,13 @@ pub(crate) fn uniform(word: u32) -> f32 {
 }
 
 /// The uniform number of (seed, token, expert): word expert mod 4 of counter (⌊expert / 4⌋, 0, token low, token high).
+#[cfg(test)]
 pub(crate) fn uniform_at(seed: u64, token: u64, expert: u32) -> f32 {
     uniform(words(seed, token, expert / 4)[expert as usize % 4])
 }
 
 /// The standard normal number of (seed, token, expert): [`normal_quantile`] of [`uniform_at`]. |z| ≤ 5.42.
+#[cfg(test)]
 pub(crate) fn normal_at(seed: u64, token: u64, expert: u32) -> f32 {
     normal_quantile1(uniform_at(seed, token, expert))
 }
