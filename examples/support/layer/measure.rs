@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Bytes that are read to measure the memory: more than any cache holds.
 pub const PROBE_BYTES: usize = 256 << 20;
+/// It is timed in pieces as long as a stage of one token takes, so that both have the same chance of not being interrupted.
+const PIECE_BYTES: usize = 32 << 20;
 
 /// The machine's two ceilings, measured with the same instruction set and threads.
 pub struct Machine {
@@ -28,19 +30,26 @@ pub struct Machine {
 impl Machine {
     pub fn measure(cpu: &Cpu) -> Self {
         let probe = vec![1.0f32; PROBE_BYTES / 4];
-        Self {
+        let mut machine = Self {
             fma_peak: roofline::fma_peak(cpu, Duration::from_millis(300)),
-            read_bandwidth: roofline::read_bandwidth(cpu, &probe, Duration::from_millis(300)),
+            read_bandwidth: 0.0,
             probe,
+        };
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(300) {
+            machine.sweep_caches(cpu);
         }
+        machine
     }
 
     /// Reads the probe once, so that no cache holds anything else. A model does the same: it visits all other layers before it comes back to this one.
     ///
     /// On a shared machine the ceilings move. This is one more look at the memory's.
     fn sweep_caches(&mut self, cpu: &Cpu) {
-        let seen = roofline::read_bandwidth(cpu, &self.probe, Duration::ZERO);
-        self.read_bandwidth = self.read_bandwidth.max(seen);
+        for piece in self.probe.chunks(PIECE_BYTES / 4) {
+            let seen = roofline::read_bandwidth(cpu, piece, Duration::ZERO);
+            self.read_bandwidth = self.read_bandwidth.max(seen);
+        }
     }
 
     /// One more look at the arithmetic's ceiling.

@@ -78,6 +78,13 @@ pub fn stages(out: &mut dyn Write, machine: Option<&Machine>, measured: &Measure
             ""
         }
     )?;
+    if let Some(m) = machine {
+        let (flops, bytes) = (m.fma_peak / 1e9, m.read_bandwidth / 1e9);
+        writeln!(
+            out,
+            "  shares are of {flops:.1} GFLOP/s and {bytes:.1} GB/s, the best seen so far"
+        )?;
+    }
     writeln!(
         out,
         "  stage                 time   GFLOP/s  of FMA peak     GB/s  of read bandwidth"
