@@ -69,7 +69,7 @@
 //! * [`combine`]: the weighted sum and what follows it. [`norm`] is the RMS norm that some layers have.
 //! * [`moe`]: the layer.
 //!
-//! Beside them: [`losses`] (load balancing, z-loss, bias update), [`reference`] (the same in f64 and plain loops: the specification and oracle), [`cpu`]
+//! Beside them: [`losses`] (load balancing, z-loss, bias update), [`mod@reference`] (the same in f64 and plain loops: the specification and oracle), [`cpu`]
 //! (which instruction set, how many threads, and the machine's ceilings), views of the caller's memory ([`MatRef`], [`MatMut`]) and one [`Error`].
 //!
 //! # Contracts
@@ -89,7 +89,7 @@
 //! # Features
 //!
 //! * `parallel` (default): threads by rayon. Without it every call runs on the calling thread; so it does on wasm32.
-//! * `proptest`: strategies to fuzz other kernels against [`reference`].
+//! * `proptest`: strategies to fuzz other kernels against [`mod@reference`].
 
 pub mod combine;
 pub mod cpu;

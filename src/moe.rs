@@ -166,7 +166,7 @@ pub enum RouteFrom<'a> {
     /// Logits from x through the layer's gate, ids from the router.
     #[default]
     Gate,
-    /// Logits from x through the layer's gate, ids `[T, K]` from the caller (the router's selection is [`Selection::Given`]).
+    /// Logits from x through the layer's gate, ids `[T, K]` from the caller (the router's selection is [`Selection::Given`](crate::routing::Selection::Given)).
     GateAndIds(&'a [i32]),
     /// Logits `[T, R]` from the caller.
     Logits(AnyMatRef<'a>),
