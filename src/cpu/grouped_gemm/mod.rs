@@ -31,6 +31,7 @@ use super::Cpu;
 use super::isa::Isa;
 use super::out_rows::OutRows;
 use super::parallel::{TaskCounter, for_each_worker};
+use super::shared::SharedSlice;
 use super::simd::{Op, Simd, dispatch};
 use crate::element::DType;
 use crate::grouped_gemm::{Activation, Groups, PackedMatrices};
@@ -70,33 +71,16 @@ pub(crate) fn scratch_bytes(cpu: &Cpu) -> usize {
 /// Packs every panel of one matrix; panels are shared out among threads.
 pub(crate) fn pack_panels(cpu: &Cpu, layout: &PanelLayout, columns: &Columns<'_>, out: &mut [u8]) {
     let panel_bytes = layout.panel_bytes();
-    let base = SharedPtr(out.as_mut_ptr());
+    let out = SharedSlice::new(out);
     let tasks = TaskCounter::new(layout.panels());
     for_each_worker(cpu.threads().min(layout.panels()), &|_| {
         while let Some(p) = tasks.take() {
-            // SAFETY: `out` holds `panels` runs of `panel_bytes`; each p is taken once.
-            let panel = unsafe {
-                core::slice::from_raw_parts_mut(base.get().add(p * panel_bytes), panel_bytes)
-            };
+            // SAFETY: each p is taken once, so panels do not overlap.
+            let panel = unsafe { out.range(p * panel_bytes..(p + 1) * panel_bytes) };
             packing::pack_panel(layout, columns, p, panel);
         }
     });
 }
-
-/// A pointer that several workers use for disjoint parts.
-#[derive(Clone, Copy)]
-struct SharedPtr<T>(*mut T);
-
-impl<T> SharedPtr<T> {
-    fn get(self) -> *mut T {
-        self.0
-    }
-}
-
-// SAFETY: each use names the line that keeps the parts disjoint.
-unsafe impl<T> Send for SharedPtr<T> {}
-// SAFETY: as above.
-unsafe impl<T> Sync for SharedPtr<T> {}
 
 /// Runs a checked grouped product; see [`crate::grouped_gemm::grouped_gemm_into`].
 pub(crate) fn run(
@@ -114,17 +98,13 @@ pub(crate) fn run(
         let len = cpu.threads() * WORKER_FLOATS * size_of::<f32>();
         bytemuck::cast_slice_mut(&mut scratch[skip..skip + len])
     };
-    let scratch = SharedPtr(floats.as_mut_ptr());
+    let scratch = SharedSlice::new(floats);
     let out = OutRows::new(&mut out);
     let tasks = TaskCounter::new(plan.tasks);
     for_each_worker(cpu.threads().min(plan.tasks), &|worker| {
-        // SAFETY: one part of WORKER_FLOATS for each worker below `threads`.
-        let scratch = unsafe {
-            core::slice::from_raw_parts_mut(
-                scratch.get().add(worker * WORKER_FLOATS),
-                WORKER_FLOATS,
-            )
-        };
+        // SAFETY: each worker below `threads` runs once and has a part of its own.
+        let scratch =
+            unsafe { scratch.range(worker * WORKER_FLOATS..(worker + 1) * WORKER_FLOATS) };
         dispatch(
             cpu.isa(),
             Worker {
