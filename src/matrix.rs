@@ -135,7 +135,12 @@ impl<'a, T: Element> MatRef<'a, T> {
         })
     }
 
-    /// Copies columns `start .. start + out.len()` of row `i`, widened to f32. bf16 subnormals become zeros if `flush`.
+    /// First element, row stride and column stride: what a kernel reads by.
+    pub(crate) fn as_raw(&self) -> (*const u8, usize, usize) {
+        (self.data.as_ptr().cast(), self.row_stride, self.col_stride)
+    }
+
+    /// Copies columns `start .. start + out.len()` of row `i`, widened to f32.
     #[inline]
     pub(crate) fn widen_row(&self, i: usize, start: usize, out: &mut [f32]) {
         if let Some(row) = self.row_slice(i) {
@@ -346,6 +351,11 @@ impl<'a> AnyMatRef<'a> {
     #[inline]
     pub(crate) fn widen_row(&self, i: usize, start: usize, out: &mut [f32]) {
         with_matrix!(self, m => m.widen_row(i, start, out))
+    }
+
+    /// See [`MatRef::as_raw`].
+    pub(crate) fn as_raw(&self) -> (*const u8, usize, usize) {
+        with_matrix!(self, m => m.as_raw())
     }
 
     /// [`Error::Shape`] unless the matrix is `rows × cols`.

@@ -1,6 +1,8 @@
 //! An output matrix of any format that several threads write, each its own part.
 #![allow(unsafe_code)] // the shim for disjoint parallel writes
 
+use crate::cpu::simd::Simd;
+use crate::element::DType;
 use crate::matrix::AnyMatMut;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -32,6 +34,76 @@ impl OutRows {
             AnyMatMut::BF16(m) => {
                 let (p, stride) = m.as_raw();
                 Self::BF16(p, stride)
+            }
+        }
+    }
+
+    /// First element, format and row stride, to read by what was written.
+    pub(crate) fn as_raw(self) -> (*const u8, DType, usize) {
+        match self {
+            Self::F32(p, stride) => (p.cast_const().cast(), DType::F32, stride),
+            Self::F16(p, stride) => (p.cast_const().cast(), DType::F16, stride),
+            Self::BF16(p, stride) => (p.cast_const().cast(), DType::BF16, stride),
+        }
+    }
+
+    /// Whether rows are f32 and begin at cache lines.
+    pub(crate) fn can_stream(self) -> bool {
+        matches!(self, Self::F32(p, stride) if p.addr().is_multiple_of(64) && (stride * 4).is_multiple_of(64))
+    }
+
+    /// Writes a block of rows, 2 × LANES floats each of which the first `n` count, at column `col` from row `first` on; rounded to nearest, ties to even.
+    ///
+    /// With `stream` they go past the caches, which saves reading the lines first: for outputs that no cache holds until they are read.
+    ///
+    /// # Safety
+    /// As [`OutRows::write`] for these columns of these rows. `stream` only where [`OutRows::can_stream`], at a `col` that is a multiple of LANES,
+    /// and with [`Simd::fence_streams`] before another thread is told.
+    #[inline(always)]
+    pub(crate) unsafe fn write_block<S: Simd>(
+        self,
+        s: S,
+        first: usize,
+        col: usize,
+        n: usize,
+        block: &[f32],
+        stream: bool,
+    ) {
+        let rows = block.chunks_exact(2 * S::LANES).enumerate();
+        if !n.is_multiple_of(S::LANES) {
+            for (i, row) in rows {
+                // SAFETY: the caller's contract.
+                unsafe { self.write(first + i, col, &row[..n]) };
+            }
+            return;
+        }
+        let two = n > S::LANES;
+        // A macro and not a closure, which would lose the instruction set where it is not inlined.
+        macro_rules! each_row {
+            ($p:ident, $stride:ident, $to:ident, $v:ident => $store:expr) => {
+                for (i, row) in rows {
+                    let $to = $p.wrapping_add((first + i) * $stride + col);
+                    let $v = s.load_slice(row);
+                    $store;
+                    if two {
+                        let $to = $to.wrapping_add(S::LANES);
+                        let $v = s.load_slice(&row[S::LANES..]);
+                        $store;
+                    }
+                }
+            };
+        }
+        // SAFETY: the caller's contract: whole vectors of columns are inside.
+        unsafe {
+            match self {
+                Self::F32(p, stride) if stream => {
+                    each_row!(p, stride, to, v => s.stream(to, v))
+                }
+                Self::F32(p, stride) => each_row!(p, stride, to, v => s.store(to, v)),
+                Self::F16(p, stride) => each_row!(p, stride, to, v => s.store_f16(to.cast(), v)),
+                Self::BF16(p, stride) => {
+                    each_row!(p, stride, to, v => s.store_u16(to.cast(), s.to_bf16(v)));
+                }
             }
         }
     }
