@@ -110,7 +110,7 @@ def metadata(draw, seed):
     if sel['method'] != 'topk':
         nulls = 0
     kind = draw.one('identity', 'zero') if nulls else 'none'
-    on_input, latent = draw.maybe(0.2) and kind != 'identity', draw.maybe(0.2) and kind != 'identity'
+    on_input, latent = draw.maybe(0.2), draw.maybe(0.2)
     experts = mlp(draw, draw.maybe(0.3)) | dict(apply_weight_on='input' if on_input else 'output', latent=latent, latent_in_norm='none',
               latent_in_norm_eps=0.0, post_norm='none', post_norm_eps=0.0, gate_cap=0.0, up_cap=0.0)
     if experts['gated'] and draw.maybe(0.15):

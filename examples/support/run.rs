@@ -127,7 +127,7 @@ pub fn build(machine: &Machine, case: &Layer) -> Result<MoeLayer> {
         layer = layer.with_gate(gate)?;
     }
     if case.weight_on_input {
-        layer = layer.with_weight_on_input()?;
+        layer = layer.with_weight_on_input();
     }
     if let Some(post) = &case.post_norm {
         layer = layer.with_post_norm(PostNorm::ScaleFirst(rms_norm(&post.0)?))?;

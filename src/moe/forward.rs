@@ -5,6 +5,7 @@ use super::pieces::Pieces;
 use crate::combine::{Combine, Identity, Routed, combine_into};
 use crate::cpu::Cpu;
 use crate::cpu::norm::normalize_rows;
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::grouped_gemm::{Gather, Groups};
 use crate::matrix::{AnyMatMut, AnyMatRef, MatMut, MatRef};
@@ -93,10 +94,11 @@ impl MoeLayer {
 
     /// The router's stage alone: logits through the gate, ids, weights and the permutation into `routing`.
     ///
-    /// `workspace` is that of [`forward`](Self::forward). `logits`, if given, receives what enters the score function, `[T, R]`.
+    /// `workspace` is that of [`forward`](Self::forward). A [`forward_with`](Self::forward_with) of the same tokens by [`RouteFrom::Routing`] finishes the
+    /// layer.
     ///
     /// # Errors
-    /// An [`Error`] that names the argument.
+    /// An [`Error`] that names the argument; `routing` is untouched then.
     pub fn route_into(
         &self,
         cpu: &Cpu,
@@ -131,6 +133,7 @@ impl MoeLayer {
         let pairs = crate::shape::pairs(x.rows(), self.router.config().slots())?;
         let needed = self.workspace_bytes(cpu, x.rows(), pairs, x.dtype().size())?;
         let pieces = Pieces::take(self, x.rows(), pairs, x.dtype(), workspace, needed)?;
+        gate.check_isa(cpu)?;
         gate.logits_into(cpu, x, pieces.gate_x, logits.into(), None, pieces.scratch)
     }
 
@@ -138,13 +141,13 @@ impl MoeLayer {
     fn check_packed(&self, cpu: &Cpu) -> Result<()> {
         self.experts.check_isa(cpu)?;
         if let Some(gate) = &self.gate {
-            gate.weights.check_isa("gate", cpu)?;
+            gate.check_isa(cpu)?;
         }
         if let Some(latent) = &self.latent {
-            latent.down.check_isa("latent", cpu)?;
+            latent.check_isa(cpu)?;
         }
         match &self.shared {
-            Some(shared) => shared.experts.check_isa(cpu),
+            Some(shared) => shared.check_isa(cpu),
             None => Ok(()),
         }
     }
@@ -249,59 +252,42 @@ impl MoeLayer {
         y: AnyMatMut<'_>,
         pieces: Pieces<'_>,
     ) -> Result<()> {
-        let (tokens, l) = (x.rows(), self.experts.hidden());
-        let permutation = routing.permutation();
-        let local = self.local_experts();
-        let groups = Groups::Ragged {
-            offsets: &permutation.offsets()[local.start..=local.end],
-            counts: &permutation.counts()[local.clone()],
-        };
-        let rows = groups.total_rows();
-        let scratch = pieces.scratch;
-
+        let (tokens, hidden, scratch) = (x.rows(), self.hidden(), pieces.scratch);
         let expert_x = match &self.latent {
             Some(latent) => latent.enter(cpu, x, pieces.latent_x, scratch)?,
             None => x,
         };
-        let gather = Gather {
-            pair_of_row: permutation.pair_of_row(),
+        let ys = self.visit(
+            cpu,
+            expert_x,
+            x.dtype(),
+            routing,
+            pieces.h,
+            pieces.ys,
+            scratch,
+        )?;
+        let mut combine = Combine::new(Routed::Pairs {
+            ys,
+            weights: (!self.weight_on_input).then(|| routing.weights()),
+            row_of_pair: routing.permutation().row_of_pair(),
             slots: routing.slots(),
-            input_scale: self.weight_on_input.then(|| routing.weights()),
-        };
-        let i = self.experts.intermediate();
-        let h_bytes = &mut pieces.h[..rows * i * x.dtype().size()];
-        let h = any_mat_mut(h_bytes, x.dtype(), rows, i)?;
-        self.experts
-            .up_into(cpu, expert_x, Some(gather), groups, h, scratch)?;
-        let h = any_mat(h_bytes, x.dtype(), rows, i)?;
-        let ys = &mut pieces.ys[..rows * l];
-        self.experts
-            .down_into(cpu, h, groups, MatMut::new(ys, rows, l)?.into(), scratch)?;
-        if let Some(norm) = &self.post_norm {
-            normalize_rows(cpu, ys, norm);
-        }
-
-        let identity =
-            matches!(routing.null_experts(), NullExperts::Identity(_)).then(|| Identity {
+            identity: (self.adds_identity() && !self.sum_goes_by_buffer()).then(|| Identity {
                 ids: routing.ids(),
                 num_experts: routing.num_experts(),
-                x: expert_x,
-            });
-        let mut combine = Combine::new(Routed::Pairs {
-            ys: MatRef::new(ys, rows, l)?,
-            weights: (!self.weight_on_input).then(|| routing.weights()),
-            row_of_pair: permutation.row_of_pair(),
-            slots: routing.slots(),
-            identity,
+                x,
+            }),
         });
         combine.routed_scale = self.routed_scale;
-        if let Some(latent) = &self.latent {
-            latent.leave(cpu, &combine, pieces.latent_y, pieces.routed, scratch)?;
-            combine = Combine::new(Routed::Sum(MatRef::new(
-                pieces.routed,
-                tokens,
-                self.hidden(),
-            )?));
+        if self.sum_goes_by_buffer() {
+            let routed = pieces.routed;
+            match &self.latent {
+                Some(latent) => latent.leave(cpu, &combine, pieces.latent_y, routed, scratch)?,
+                None => combine_into(cpu, &combine, MatMut::new(routed, tokens, hidden)?.into())?,
+            }
+            if self.adds_identity() {
+                add_identity(routed, x, routing, self.routed_scale);
+            }
+            combine = Combine::new(Routed::Sum(MatRef::new(routed, tokens, hidden)?));
         }
         combine.shared = match &self.shared {
             Some(shared) => Some(shared.run(
@@ -319,5 +305,83 @@ impl MoeLayer {
         combine.bias = self.out_bias.as_deref();
         combine.residual = residual;
         combine_into(cpu, &combine, y)
+    }
+
+    /// The pairs through their experts: `ys [rows, L]` in the order of the permutation; h has the format `dtype`.
+    fn visit<'w>(
+        &self,
+        cpu: &Cpu,
+        x: AnyMatRef<'_>,
+        dtype: DType,
+        routing: &Routing,
+        h: &mut [u8],
+        ys: &'w mut [f32],
+        scratch: &mut [u8],
+    ) -> Result<MatRef<'w, f32>> {
+        let permutation = routing.permutation();
+        let local = self.local_experts();
+        let groups = Groups::Ragged {
+            offsets: &permutation.offsets()[local.start..=local.end],
+            counts: &permutation.counts()[local],
+        };
+        let (rows, i, l) = (
+            groups.total_rows(),
+            self.experts.intermediate(),
+            self.experts.hidden(),
+        );
+        let gather = Gather {
+            pair_of_row: permutation.pair_of_row(),
+            slots: routing.slots(),
+            input_scale: self.weight_on_input.then(|| routing.weights()),
+        };
+        let h_bytes = &mut h[..rows * i * dtype.size()];
+        let h = any_mat_mut(h_bytes, dtype, rows, i)?;
+        self.experts
+            .up_into(cpu, x, Some(gather), groups, h, scratch)?;
+        let h = any_mat(h_bytes, dtype, rows, i)?;
+        let ys = &mut ys[..rows * l];
+        let out = MatMut::new(&mut *ys, rows, l)?.into();
+        self.experts.down_into(cpu, h, groups, out, scratch)?;
+        if let Some(norm) = &self.post_norm {
+            normalize_rows(cpu, ys, norm);
+        }
+        MatRef::new(ys, rows, l)
+    }
+
+    /// Whether this layer answers for identity experts: of the parts of a layer, the first does.
+    fn adds_identity(&self) -> bool {
+        let null = self.router.config().null_experts;
+        matches!(null, NullExperts::Identity(_)) && self.first_expert == 0
+    }
+
+    /// Whether something comes between the sum over slots and the rest: a projection, or identity experts that the sum cannot hold. Those
+    /// return the layer's x, which has no place in a latent sum, nor in one whose weights have acted on the input.
+    pub(super) fn sum_goes_by_buffer(&self) -> bool {
+        self.latent.is_some() || (self.weight_on_input && self.adds_identity())
+    }
+}
+
+/// `routed[t] += scale · Σ weight · x[t]` over the identity experts of token t, each sum one chain in slot order. Plain loops: no published
+/// layer comes here.
+fn add_identity(routed: &mut [f32], x: AnyMatRef<'_>, routing: &Routing, scale: f32) {
+    let (slots, hidden) = (routing.slots(), x.cols());
+    for (t, row) in routed.chunks_exact_mut(hidden).enumerate() {
+        let pairs = t * slots..(t + 1) * slots;
+        let ids = routing.ids()[pairs.clone()]
+            .iter()
+            .zip(&routing.weights()[pairs]);
+        for (col, out) in row.iter_mut().enumerate() {
+            let mut v = [0.0];
+            x.widen_row(t, col, &mut v);
+            let sum = ids.clone().fold(0.0f32, |sum, (&id, &weight)| {
+                let identity = usize::try_from(id).is_ok_and(|id| id >= routing.num_experts());
+                if identity {
+                    weight.mul_add(v[0], sum)
+                } else {
+                    sum
+                }
+            });
+            *out += sum * scale;
+        }
     }
 }

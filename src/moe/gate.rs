@@ -54,6 +54,15 @@ impl Gate {
         Ok(self)
     }
 
+    /// [`Error::PackedFor`](crate::Error::PackedFor) unless all of it was packed for `cpu`'s instruction set.
+    pub(super) fn check_isa(&self, cpu: &Cpu) -> Result<()> {
+        self.weights.check_isa("gate", cpu)?;
+        match &self.noise {
+            Some(noise) => noise.check_isa("noise", cpu),
+            None => Ok(()),
+        }
+    }
+
     /// Logits and noise logits; `buffer` is `[T, H]` floats for a normalised input.
     pub(super) fn logits_into(
         &self,

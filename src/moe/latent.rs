@@ -13,7 +13,7 @@ use crate::norm::RmsNorm;
 /// Routed experts that work in a narrower space: `z = norm(x · W_inᵀ)`, experts `L → I → L`, `y = (Σ w·ys) · W_outᵀ` (Nemotron-H, Muse Spark).
 #[derive(Clone, Debug)]
 pub struct Latent {
-    pub(super) down: PackedMatrices,
+    down: PackedMatrices,
     norm: Option<PostNorm>,
     pub(super) up: PackedMatrices,
 }
@@ -49,6 +49,12 @@ impl Latent {
     /// L
     pub fn width(&self) -> usize {
         self.down.n()
+    }
+
+    /// [`Error::PackedFor`](crate::Error::PackedFor) unless both were packed for `cpu`'s instruction set.
+    pub(super) fn check_isa(&self, cpu: &Cpu) -> Result<()> {
+        self.down.check_isa("latent", cpu)?;
+        self.up.check_isa("latent", cpu)
     }
 
     /// `z = norm(x · W_inᵀ)`

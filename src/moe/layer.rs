@@ -4,7 +4,7 @@ use super::{Gate, Latent, SharedCombine, SharedExperts};
 use crate::error::{Error, Result};
 use crate::experts::PackedExperts;
 use crate::norm::RmsNorm;
-use crate::routing::{NullExperts, Router};
+use crate::routing::Router;
 use core::ops::Range;
 
 /// A mixture-of-experts layer.
@@ -107,21 +107,13 @@ impl MoeLayer {
         })
     }
 
-    /// A layer whose experts work in a latent space of L = `experts.hidden()` columns.
+    /// A layer whose experts work in a latent space of L = `experts.hidden()` columns. Identity experts return x itself.
     ///
     /// # Errors
-    /// As [`MoeLayer::new`]; [`Error::Shape`] naming `latent`; [`Error::Value`] with identity experts, for which no model says which space they
-    /// return.
+    /// As [`MoeLayer::new`]; [`Error::Shape`] naming `latent`.
     pub fn new_latent(router: Router, experts: PackedExperts, latent: Latent) -> Result<Self> {
         if latent.width() != experts.hidden() {
             return Err(Error::shape("latent", [experts.hidden()], [latent.width()]));
-        }
-        if matches!(router.config().null_experts, NullExperts::Identity(_)) {
-            return Err(Error::value(
-                "latent",
-                "no identity experts beside it",
-                "some",
-            ));
         }
         Ok(Self {
             latent: Some(latent),
@@ -155,7 +147,7 @@ impl MoeLayer {
     }
 
     /// The layer holds experts `first .. first + experts.len()` of the router's; pairs of the others are skipped (expert parallelism: the
-    /// layers' outputs add up, so give the shared experts, bias and residual to one of them).
+    /// layers' outputs add up, so give the shared experts, bias and residual to one of them). Identity experts belong to the layer that holds expert 0.
     ///
     /// # Errors
     /// [`Error::Value`] naming `first_expert`.
@@ -173,19 +165,9 @@ impl MoeLayer {
     }
 
     /// A pair's weight multiplies the expert's input instead of its output (Llama 4).
-    ///
-    /// # Errors
-    /// [`Error::Value`] with identity experts, for which no model says what that means.
-    pub fn with_weight_on_input(mut self) -> Result<Self> {
-        if matches!(self.router.config().null_experts, NullExperts::Identity(_)) {
-            return Err(Error::value(
-                "weight_on_input",
-                "no identity experts",
-                "some",
-            ));
-        }
+    pub fn with_weight_on_input(mut self) -> Self {
         self.weight_on_input = true;
-        Ok(self)
+        self
     }
 
     /// Normalises each expert's output before its weight.
@@ -278,6 +260,11 @@ impl MoeLayer {
     /// The routed experts.
     pub fn experts(&self) -> &PackedExperts {
         &self.experts
+    }
+
+    /// The routed experts, to be taken elsewhere: with more of them pushed, into a new layer for example. None is packed again.
+    pub fn into_experts(self) -> PackedExperts {
+        self.experts
     }
 
     /// The experts of the router that live here.

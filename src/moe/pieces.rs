@@ -54,7 +54,7 @@ impl MoeLayer {
             [rows, self.experts.intermediate(), size],
             [rows, l, 4],
             when(latent, [tokens, l, 4]),
-            when(latent, [tokens, h, 4]),
+            when(self.sum_goes_by_buffer(), [tokens, h, 4]),
             [tokens, shared_width, size],
             when(shared.is_some(), [tokens, h * shared_outputs, 4]),
             when(gated, [tokens, 1, 4]),

@@ -36,10 +36,16 @@ impl SharedExperts {
     /// Shared experts and how they join.
     ///
     /// # Errors
-    /// [`Error::Value`] when there are none.
+    /// [`Error::Value`] when there are none; [`Error::Shape`] naming `gate` unless a sigmoid gate is one matrix `[1, H]`.
     pub fn new(experts: PackedExperts, combine: SharedCombine) -> Result<Self> {
         if experts.is_empty() {
             return Err(Error::value("shared experts", "at least one", 0));
+        }
+        if let SharedCombine::SigmoidGate(gate) = &combine {
+            let (expected, found) = ([1, 1, experts.hidden()], [gate.len(), gate.n(), gate.k()]);
+            if gate.is_gated() || found != expected {
+                return Err(Error::shape("gate", expected, found));
+            }
         }
         Ok(Self { experts, combine })
     }
@@ -53,6 +59,15 @@ impl SharedExperts {
         let mut gate = PackedMatrices::new(cpu, 1, w.cols(), DType::F32)?;
         gate.push(cpu, w, None)?;
         Self::new(experts, SharedCombine::SigmoidGate(gate))
+    }
+
+    /// [`Error::PackedFor`] unless all of it was packed for `cpu`'s instruction set.
+    pub(super) fn check_isa(&self, cpu: &Cpu) -> Result<()> {
+        self.experts.check_isa(cpu)?;
+        match &self.combine {
+            SharedCombine::SigmoidGate(gate) => gate.check_isa("shared gate", cpu),
+            _ => Ok(()),
+        }
     }
 
     /// `S(x) [T, H]` in f32, and its gate's logits.
