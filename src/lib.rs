@@ -105,6 +105,7 @@ pub mod permute;
 pub mod reference;
 pub mod routing;
 mod shape;
+mod spec;
 #[cfg(feature = "proptest")]
 pub mod strategies;
 mod workspace;
