@@ -2,7 +2,6 @@
 
 use core::fmt;
 use half::{bf16, f16};
-use num_traits::{AsPrimitive, FromPrimitive};
 
 /// A number format, as a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,36 +54,29 @@ mod sealed {
 ///
 /// Widening to f32 is exact; narrowing rounds to nearest, ties to even.
 pub trait Element:
-    sealed::Sealed
-    + bytemuck::Pod
-    + AsPrimitive<f32>
-    + FromPrimitive
-    + PartialEq
-    + fmt::Debug
-    + Default
-    + Send
-    + Sync
-    + 'static
+    sealed::Sealed + bytemuck::Pod + PartialEq + fmt::Debug + Default + Send + Sync + 'static
 {
     /// The format as a value.
     const DTYPE: DType;
 
-    /// Rounds to nearest, ties to even.
-    fn from_f32(x: f32) -> Self;
+    /// Rounds to nearest, ties to even; beyond the largest finite number, to infinity.
+    fn from_f32_nearest(x: f32) -> Self;
 
     /// Exact.
-    #[inline]
-    fn to_f32(self) -> f32 {
-        self.as_()
-    }
+    fn to_f32(self) -> f32;
 }
 
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
 
     #[inline]
-    fn from_f32(x: f32) -> Self {
+    fn from_f32_nearest(x: f32) -> Self {
         x
+    }
+
+    #[inline]
+    fn to_f32(self) -> f32 {
+        self
     }
 }
 
@@ -92,8 +84,13 @@ impl Element for f16 {
     const DTYPE: DType = DType::F16;
 
     #[inline]
-    fn from_f32(x: f32) -> Self {
+    fn from_f32_nearest(x: f32) -> Self {
         f16::from_f32(x)
+    }
+
+    #[inline]
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
     }
 }
 
@@ -101,8 +98,13 @@ impl Element for bf16 {
     const DTYPE: DType = DType::BF16;
 
     #[inline]
-    fn from_f32(x: f32) -> Self {
+    fn from_f32_nearest(x: f32) -> Self {
         bf16::from_f32(x)
+    }
+
+    #[inline]
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
     }
 }
 

@@ -52,12 +52,14 @@ impl<'a, T: Element> MatRef<'a, T> {
                 found: data.len(),
             });
         }
+        // Without elements there is nothing to stride over, and no bound to keep the product of index and stride small.
+        let stride = |stride| if needed == 0 { 0 } else { stride };
         Ok(Self {
             data,
             rows,
             cols,
-            row_stride,
-            col_stride,
+            row_stride: stride(row_stride),
+            col_stride: stride(col_stride),
         })
     }
 
@@ -108,20 +110,15 @@ impl<'a, T: Element> MatRef<'a, T> {
                 "a row outside",
             ));
         }
-        let offset = if count == 0 {
-            0
-        } else {
-            start * self.row_stride
-        };
-        let data = if self.cols == 0 {
-            self.data
-        } else {
-            &self.data[offset..]
+        let (offset, row_stride) = match count {
+            0 => (0, 0),
+            1 => (start * self.row_stride, self.row_stride),
+            _ => (start * self.row_stride, self.row_stride * step),
         };
         Ok(Self {
-            data,
+            data: &self.data[offset..],
             rows: count,
-            row_stride: self.row_stride * step,
+            row_stride,
             ..self
         })
     }
@@ -234,7 +231,7 @@ impl<'a, T: Element> MatMut<'a, T> {
             data,
             rows,
             cols,
-            row_stride,
+            row_stride: if needed == 0 { 0 } else { row_stride },
         })
     }
 

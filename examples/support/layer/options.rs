@@ -56,27 +56,27 @@ pub struct Options {
     pub weights: Option<PathBuf>,
 
     /// Layer of the checkpoint.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, requires = "weights")]
     pub layer: usize,
 
     /// K, if there is no config.json beside the checkpoint.
-    #[arg(long)]
+    #[arg(long, requires = "weights")]
     pub top_k: Option<usize>,
 
     /// Whether the K weights are divided by their sum.
-    #[arg(long)]
+    #[arg(long, requires = "weights")]
     pub norm_topk: Option<bool>,
 
     /// Groups of experts.
-    #[arg(long)]
+    #[arg(long, requires = "weights")]
     pub n_group: Option<usize>,
 
     /// Groups that are kept.
-    #[arg(long)]
+    #[arg(long, requires = "weights")]
     pub topk_group: Option<usize>,
 
     /// Factor on the weights.
-    #[arg(long)]
+    #[arg(long, requires = "weights")]
     pub scale: Option<f32>,
 }
 
