@@ -1,10 +1,10 @@
-//! The two ceilings of the machine, measured: fused multiply-adds in registers, and reading memory.
+//! The ceilings of the machine, measured: fused multiply-adds and native bf16 dot products in registers, and reading memory.
 //!
 //! Machines are shared and clocks move, so a result is worth its ratio to the ceiling measured in the same run.
 
 use super::Cpu;
 use super::parallel::for_each_worker;
-use super::simd::{Op, Simd, dispatch};
+use super::simd::{Op, Simd, bf16_dots, dispatch};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -69,16 +69,35 @@ fn lanes(cpu: &Cpu) -> usize {
 
 /// FLOP/s of dependent-free fused multiply-adds on `cpu`'s threads and instruction set: the best of several runs within `budget`.
 pub fn fma_peak(cpu: &Cpu, budget: Duration) -> f64 {
-    let threads = cpu.threads();
     let flops_per_round = (2 * CHAINS * lanes(cpu)) as f64;
+    best_rate(cpu, budget, flops_per_round, &|rounds| {
+        black_box(dispatch(cpu.isa(), FmaLoop { rounds }));
+    })
+}
+
+/// FLOP/s of dependent-free native bf16 dot products (`vdpbf16ps`: two multiply-adds a lane), measured like [`fma_peak`]. `None` where `cpu`'s
+/// instruction set has none.
+pub fn bf16_dot_peak(cpu: &Cpu, budget: Duration) -> Option<f64> {
+    let flops_per_round = bf16_dots(cpu.isa(), 1)?;
+    Some(best_rate(cpu, budget, flops_per_round, &|rounds| {
+        bf16_dots(cpu.isa(), rounds);
+    }))
+}
+
+/// FLOP/s of `run`, which does so many rounds, on all of `cpu`'s threads: the best of several runs within `budget`.
+fn best_rate(
+    cpu: &Cpu,
+    budget: Duration,
+    flops_per_round: f64,
+    run: &(dyn Fn(usize) + Sync),
+) -> f64 {
+    let threads = cpu.threads();
     let mut rounds = 10_000;
     let mut best = 0.0f64;
     let end = Instant::now() + budget;
     loop {
         let start = Instant::now();
-        for_each_worker(threads, &|_| {
-            black_box(dispatch(cpu.isa(), FmaLoop { rounds }));
-        });
+        for_each_worker(threads, &|_| run(rounds));
         let time = start.elapsed().as_secs_f64();
         best = best.max(flops_per_round * rounds as f64 * threads as f64 / time);
         if time < 0.02 {

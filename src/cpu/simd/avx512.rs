@@ -3,6 +3,9 @@
 
 use super::{Op, Simd};
 use core::arch::x86_64::*;
+use core::hint::black_box;
+use core::mem::transmute;
+use std::arch::is_x86_feature_detected;
 
 /// Proof that the CPU has avx512f,avx2,fma,f16c.
 #[derive(Clone, Copy)]
@@ -197,4 +200,39 @@ impl Simd for Avx512 {
     fn mask_bits(self, m: Self::M) -> u32 {
         u32::from(m)
     }
+}
+
+/// The FLOPs of `rounds` rounds of independent `vdpbf16ps`, run for the ceiling in `roofline`. `None` where the CPU has no such instruction.
+pub(super) fn bf16_dots(rounds: usize) -> Option<f64> {
+    /// More than a latency of 6 × 2 a cycle (Zen 5). Of sixteen, the compiler spills some.
+    const CHAINS: usize = 14;
+    /// 16 lanes, two multiply-adds each.
+    const FLOPS: usize = 16 * 2 * 2;
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn run(rounds: usize) -> f32 {
+        // The products of a pair cancel, so that sums stay what they are for ever.
+        let (plus_minus_one, ones) = (black_box(0xbf80_3f80_u32 as i32), black_box(0x3f80_3f80));
+        // SAFETY: both types are 64 bytes of plain numbers.
+        let [a, b] = [plus_minus_one, ones]
+            .map(|pair| unsafe { transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair)) });
+        let mut chains = [_mm512_set1_ps(black_box(1.0)); CHAINS];
+        for _ in 0..rounds {
+            for chain in &mut chains {
+                *chain = _mm512_dpbf16_ps(*chain, a, b);
+            }
+        }
+        let mut sum = chains[0];
+        for chain in &chains[1..] {
+            sum = _mm512_add_ps(sum, *chain);
+        }
+        _mm512_cvtss_f32(sum)
+    }
+
+    if !(is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")) {
+        return None;
+    }
+    // SAFETY: just detected.
+    black_box(unsafe { run(rounds) });
+    Some((rounds * CHAINS * FLOPS) as f64)
 }

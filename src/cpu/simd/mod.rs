@@ -205,6 +205,16 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     }
 }
 
+/// Runs `rounds` rounds of native bf16 dot products without dependencies and returns their FLOPs, for [`roofline`](super::roofline); `None` where `isa`
+/// has none on this CPU.
+pub(crate) fn bf16_dots(isa: Isa, rounds: usize) -> Option<f64> {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::bf16_dots(rounds),
+        _ => None,
+    }
+}
+
 /// A computation that runs on any instruction set.
 pub(crate) trait Op {
     /// What it returns.
