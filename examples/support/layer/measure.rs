@@ -18,10 +18,12 @@ pub const PROBE_BYTES: usize = 256 << 20;
 /// It is timed in pieces as long as a stage of one token takes, so that both have the same chance of not being interrupted.
 const PIECE_BYTES: usize = 32 << 20;
 
-/// The machine's two ceilings, measured with the same instruction set and threads.
+/// The machine's ceilings, measured with the same instruction set and threads.
 pub struct Machine {
     /// f32 FLOP/s
     pub fma_peak: f64,
+    /// FLOP/s of native bf16 dot products, where there are any.
+    pub bf16_dot_peak: Option<f64>,
     /// Bytes/s
     pub read_bandwidth: f64,
     probe: Vec<f32>,
@@ -32,6 +34,7 @@ impl Machine {
         let probe = vec![1.0f32; PROBE_BYTES / 4];
         let mut machine = Self {
             fma_peak: roofline::fma_peak(cpu, Duration::from_millis(300)),
+            bf16_dot_peak: roofline::bf16_dot_peak(cpu, Duration::from_millis(300)),
             read_bandwidth: 0.0,
             probe,
         };
@@ -45,17 +48,30 @@ impl Machine {
     /// Reads the probe once, so that no cache holds anything else. A model does the same: it visits all other layers before it comes back to this one.
     ///
     /// On a shared machine the ceilings move. This is one more look at the memory's.
-    fn sweep_caches(&mut self, cpu: &Cpu) {
+    pub fn sweep_caches(&mut self, cpu: &Cpu) {
         for piece in self.probe.chunks(PIECE_BYTES / 4) {
             let seen = roofline::read_bandwidth(cpu, piece, Duration::ZERO);
             self.read_bandwidth = self.read_bandwidth.max(seen);
         }
     }
 
-    /// One more look at the arithmetic's ceiling.
-    fn look_again(&mut self, cpu: &Cpu) {
+    /// One more look at the arithmetic's ceilings.
+    pub fn look_again(&mut self, cpu: &Cpu) {
         let seen = roofline::fma_peak(cpu, Duration::from_millis(100));
         self.fma_peak = self.fma_peak.max(seen);
+        let seen = roofline::bf16_dot_peak(cpu, Duration::from_millis(100));
+        // `None` is less than any number.
+        if seen > self.bf16_dot_peak {
+            self.bf16_dot_peak = seen;
+        }
+    }
+
+    /// FLOP/s that products with weights of `dtype` cannot exceed.
+    pub fn flop_peak(&self, dtype: DType) -> f64 {
+        match dtype {
+            DType::BF16 => self.bf16_dot_peak.unwrap_or(self.fma_peak),
+            _ => self.fma_peak,
+        }
     }
 }
 
@@ -393,7 +409,8 @@ fn time(work: impl FnOnce() -> Result<()>) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+/// The middle of the sorted values, the upper one of two.
+pub fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]

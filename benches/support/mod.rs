@@ -1,0 +1,44 @@
+//! What the benches, the roofline example and the crate in `benches/rivals` share: the layer of `examples/support/layer` with its router's logits given.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `shapes.rs` | the four layers that are measured, by name |
+//! | `load.rs` | logits that load the experts evenly or by Zipf's law |
+//! | `subject.rs` | our layer with its buffers, and one call's input |
+//! | `roof.rs` | what a call must do, and the time that the machine needs for it at least |
+#![allow(dead_code)] // each of them uses its own part
+
+#[path = "../../examples/support/layer/mod.rs"]
+pub mod layer;
+pub mod load;
+pub mod roof;
+pub mod shapes;
+pub mod subject;
+
+use layer::{Result, fail};
+
+/// Runs `work` on a pool of `threads` threads.
+///
+/// # Errors
+/// Those of `work`; a pool that cannot be built.
+pub fn on_threads<T: Send>(threads: usize, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    match rayon::ThreadPoolBuilder::new().num_threads(threads).build() {
+        Ok(pool) => pool.install(work),
+        Err(why) => fail(format!("{threads} threads: {why}")),
+    }
+}
+
+/// An error if `bytes` more would not fit the memory that is left.
+///
+/// # Errors
+/// With both numbers.
+pub fn check_memory(what: &str, bytes: usize) -> Result<()> {
+    match layer::machine::available_memory() {
+        Some(available) if bytes as u64 > available / 20 * 19 => fail(format!(
+            "{what} needs {:.1} GiB of memory, {:.1} GiB are available",
+            bytes as f64 / f64::from(1 << 30),
+            available as f64 / f64::from(1 << 30)
+        )),
+        _ => Ok(()),
+    }
+}
