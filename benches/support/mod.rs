@@ -2,12 +2,14 @@
 //!
 //! | file | holds |
 //! |---|---|
+//! | `host.rs` | the machine in words |
 //! | `shapes.rs` | the four layers that are measured, by name |
 //! | `load.rs` | logits that load the experts evenly or by Zipf's law |
 //! | `subject.rs` | our layer with its buffers, and one call's input |
 //! | `roof.rs` | what a call must do, and the time that the machine needs for it at least |
 #![allow(dead_code)] // each of them uses its own part
 
+pub mod host;
 #[path = "../../examples/support/layer/mod.rs"]
 pub mod layer;
 pub mod load;
@@ -16,6 +18,7 @@ pub mod shapes;
 pub mod subject;
 
 use layer::{Result, fail};
+use std::io::{IsTerminal, Write, sink, stderr};
 
 /// Runs `work` on a pool of `threads` threads.
 ///
@@ -40,5 +43,13 @@ pub fn check_memory(what: &str, bytes: usize) -> Result<()> {
             available as f64 / f64::from(1 << 30)
         )),
         _ => Ok(()),
+    }
+}
+
+/// Where progress is shown: to somebody who watches, not to a file.
+pub fn progress() -> Box<dyn Write> {
+    match stderr().is_terminal() {
+        true => Box::new(stderr()),
+        false => Box::new(sink()),
     }
 }

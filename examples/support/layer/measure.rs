@@ -11,6 +11,7 @@ use moe_kernels::cpu::roofline;
 use moe_kernels::grouped_gemm::{Gather, Groups, scratch_bytes};
 use moe_kernels::routing::{LoadStats, RouteInput, Routing};
 use moe_kernels::{Cpu, DType, MatMut, MatRef};
+use std::fmt;
 use std::time::{Duration, Instant};
 
 /// Bytes that are read to measure the memory: more than any cache holds.
@@ -72,6 +73,16 @@ impl Machine {
             DType::BF16 => self.bf16_dot_peak.unwrap_or(self.fma_peak),
             _ => self.fma_peak,
         }
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.0} GFLOP/s f32 FMA, ", self.fma_peak / 1e9)?;
+        if let Some(peak) = self.bf16_dot_peak {
+            write!(f, "{:.0} bf16 dot, ", peak / 1e9)?;
+        }
+        write!(f, "{:.1} GB/s read", self.read_bandwidth / 1e9)
     }
 }
 

@@ -1,9 +1,9 @@
 //! The picture: for each layer and number of threads, time and share of the roof against T.
 
-use super::host::Host;
 use super::svg::{Anchor, Font, Stroke, Svg};
 use super::sweep::{Point, Series, Sweep};
 use super::table::{ceilings, plural};
+use crate::support::host::Host;
 use crate::support::roof::Bound;
 use moe_kernels::DType;
 

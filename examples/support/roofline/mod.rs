@@ -3,13 +3,11 @@
 //! | file | holds |
 //! |---|---|
 //! | `options.rs` | the command line |
-//! | `host.rs` | the machine in words |
 //! | `sweep.rs` | the measurement |
 //! | `table.rs` | the Markdown |
 //! | `chart.rs`, `svg.rs` | the picture: its panels, and the strokes |
 
 mod chart;
-mod host;
 mod options;
 mod svg;
 mod sweep;
@@ -17,6 +15,7 @@ mod table;
 
 pub use options::Options;
 
+use crate::support::host::Host;
 use crate::support::layer::{Failure, Result};
 use std::path::{Path, PathBuf};
 
@@ -26,7 +25,7 @@ use std::path::{Path, PathBuf};
 /// A wrong option, an answer that is not within rounding of the reference, a file that cannot be written.
 pub fn run(options: &Options) -> Result<()> {
     let cpu = options.cpu()?;
-    let host = host::Host::look();
+    let host = Host::look("cargo run --release --example roofline");
     let stem = match &options.out {
         Some(stem) => stem.clone(),
         None => default_stem(options, &host),
@@ -42,7 +41,7 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 /// `benches/record/<machine>/<date>-roofline`, seen from the repository.
-fn default_stem(options: &Options, host: &host::Host) -> PathBuf {
+fn default_stem(options: &Options, host: &Host) -> PathBuf {
     let machine = options.machine.clone().unwrap_or_else(|| host.slug());
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("benches/record")

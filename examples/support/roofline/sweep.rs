@@ -9,7 +9,7 @@ use crate::support::layer::source::{self, Built};
 use crate::support::load::Load;
 use crate::support::roof::{Roof, Work};
 use crate::support::subject::{Batch, Subject};
-use crate::support::{check_memory, on_threads, shapes};
+use crate::support::{check_memory, on_threads, progress, shapes};
 use moe_kernels::{Cpu, DType, Isa};
 use std::time::{Duration, Instant};
 
@@ -104,7 +104,7 @@ pub fn measure(cpu: &Cpu, options: &Options) -> Result<Sweep> {
                 dtype,
             };
             check_memory(&shape.name, shapes::weight_bytes(&shape, dtype))?;
-            let built = source::build(cpu, &shape, &mut weights, dtype, &mut std::io::stderr())?;
+            let built = source::build(cpu, &shape, &mut weights, dtype, progress().as_mut())?;
             for (i, (n, machine)) in sweep.machines.iter_mut().enumerate() {
                 let points = on_threads(*n, || {
                     let mut curve = Curve {

@@ -1,7 +1,7 @@
 //! The Markdown.
 
-use super::host::Host;
 use super::sweep::{Series, Sweep};
+use crate::support::host::Host;
 use std::fmt::{Result, Write};
 
 /// The whole record; `picture` is the name of the SVG beside it.
@@ -20,17 +20,7 @@ pub fn markdown(sweep: &Sweep, host: &Host, picture: &str) -> String {
 
 fn header(out: &mut String, sweep: &Sweep, host: &Host, picture: &str) -> Result {
     writeln!(out, "# {}, roofline\n", host.date)?;
-    writeln!(
-        out,
-        "* Machine: {} ({}), {} cores; {}; {:.0} GiB of memory.",
-        host.model, host.family, host.cores, host.caches, host.memory_gib
-    )?;
-    writeln!(
-        out,
-        "* Compiler: {}; commit {}.",
-        host.compiler, host.commit
-    )?;
-    writeln!(out, "* Command: `{}`", host.command)?;
+    out.push_str(&host.markdown());
     writeln!(
         out,
         "* Instruction set {}, {} load of the experts. Each time is the median of calls with other tokens, begun with swept caches, the router's logits given; answers were \
@@ -49,20 +39,10 @@ fn header(out: &mut String, sweep: &Sweep, host: &Host, picture: &str) -> Result
     writeln!(out, "![time and share of the roof against T]({picture})")
 }
 
-/// As in `1 thread: 120.0 GFLOP/s f32 FMA, 240.0 bf16 dot, 30.0 GB/s read; 2 threads: …`.
+/// As in `1 thread: 120 GFLOP/s f32 FMA, 240 bf16 dot, 30.0 GB/s read; 2 threads: …`.
 pub fn ceilings(sweep: &Sweep) -> String {
-    let each = sweep.machines.iter().map(|(threads, m)| {
-        let dot = match m.bf16_dot_peak {
-            Some(peak) => format!(", {:.0} bf16 dot", peak / 1e9),
-            None => String::new(),
-        };
-        format!(
-            "{}: {:.0} GFLOP/s f32 FMA{dot}, {:.1} GB/s read",
-            plural(*threads),
-            m.fma_peak / 1e9,
-            m.read_bandwidth / 1e9
-        )
-    });
+    let each = sweep.machines.iter();
+    let each = each.map(|(threads, machine)| format!("{}: {machine}", plural(*threads)));
     each.collect::<Vec<_>>().join("; ")
 }
 

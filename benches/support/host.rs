@@ -20,15 +20,12 @@ pub struct Host {
 }
 
 impl Host {
-    /// This machine, now.
-    pub fn look() -> Self {
+    /// This machine, now. `program` is how this one was called, up to its arguments.
+    pub fn look(program: &str) -> Self {
         let info = read_to_string("/proc/cpuinfo").unwrap_or_default();
         let field = |name| field(&info, name).unwrap_or_else(|| "?".into());
         let arguments: Vec<String> = std::env::args().skip(1).collect();
-        let command = format!(
-            "cargo run --release --example roofline -- {}",
-            arguments.join(" ")
-        );
+        let command = format!("{program} -- {}", arguments.join(" "));
         Self {
             model: field("model name"),
             family: format!("family {} model {}", field("cpu family"), field("model")),
@@ -40,6 +37,21 @@ impl Host {
             commit: first_line("git", &["describe", "--always", "--dirty"]),
             command: command.trim_end_matches([' ', '-']).into(),
         }
+    }
+
+    /// As a Markdown list.
+    pub fn markdown(&self) -> String {
+        format!(
+            "* Machine: {} ({}), {} cores; {}; {:.0} GiB of memory.\n* Compiler: {}; commit {}.\n* Command: `{}`\n",
+            self.model,
+            self.family,
+            self.cores,
+            self.caches,
+            self.memory_gib,
+            self.compiler,
+            self.commit,
+            self.command
+        )
     }
 
     /// A folder's name: the model's letters and digits, and the cores.
