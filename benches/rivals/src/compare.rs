@@ -3,7 +3,8 @@
 use crate::candle_block::Block;
 use crate::engine::{Call, Engine};
 use crate::options::Options;
-use crate::per_expert::{GemmCrate, Matrixmultiply, PerExpert};
+use crate::per_expert::PerExpert;
+use crate::support::dense::{GemmCrate, Matrixmultiply};
 use crate::support::host::Host;
 use crate::support::layer::measure::{Machine, median};
 use crate::support::layer::seeded::Seeded;

@@ -2,9 +2,9 @@
 //!
 //! The rest is as good as it gets without kernels: buffers made once, rows gathered once, activation and combine on all threads. So the comparison is with the dense
 //! product, not with an allocator.
-#![allow(unsafe_code)] // both crates take raw pointers
 
 use crate::engine::{Call, Engine};
+use crate::support::dense::{Product, narrow};
 use crate::support::layer::shapes::Architecture;
 use crate::support::layer::tensor::Values;
 use crate::support::layer::{Failure, Result};
@@ -15,85 +15,12 @@ use moe_kernels::{Cpu, Element, MatRef};
 use rayon::prelude::*;
 use std::any::Any;
 
-/// `out [m, n] = x [m, k] · w [n, k]ᵀ`, all row-major.
-pub trait Product<T> {
-    const NAME: &'static str;
-    fn multiply(threads: usize, k: usize, x: &[T], w: &[T], out: &mut [T]);
-}
-
-/// The `gemm` crate, which has f32 and f16.
-pub struct GemmCrate;
-
-impl<T: Number> Product<T> for GemmCrate {
-    const NAME: &'static str = "gemm crate";
-
-    fn multiply(threads: usize, k: usize, x: &[T], w: &[T], out: &mut [T]) {
-        let (m, n) = (x.len() / k, w.len() / k);
-        assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n));
-        let parallelism = match threads {
-            1 => gemm::Parallelism::None,
-            _ => gemm::Parallelism::Rayon(threads),
-        };
-        let (zero, one) = (narrow::<T>(0.0), narrow::<T>(1.0));
-        let (k_stride, n_stride) = (k as isize, n as isize);
-        let (out, x, w) = (out.as_mut_ptr(), x.as_ptr(), w.as_ptr());
-        // SAFETY: the slices hold m × n, m × k and n × k numbers, by the assertion; T is one of the crate's types.
-        unsafe {
-            gemm::gemm(
-                m,
-                n,
-                k,
-                out,
-                1,
-                n_stride,
-                false,
-                x,
-                1,
-                k_stride,
-                w,
-                k_stride,
-                1,
-                zero,
-                one,
-                false,
-                false,
-                false,
-                parallelism,
-            );
-        }
-    }
-}
-
-/// `matrixmultiply`, which has f32. Its threads come from the environment.
-pub struct Matrixmultiply;
-
-impl Product<f32> for Matrixmultiply {
-    const NAME: &'static str = "matrixmultiply";
-
-    fn multiply(_: usize, k: usize, x: &[f32], w: &[f32], out: &mut [f32]) {
-        let (m, n) = (x.len() / k, w.len() / k);
-        assert_eq!((x.len(), w.len(), out.len()), (m * k, n * k, m * n));
-        let (k_stride, n_stride) = (k as isize, n as isize);
-        let (out, x, w) = (out.as_mut_ptr(), x.as_ptr(), w.as_ptr());
-        // SAFETY: the slices hold m × n, m × k and n × k numbers, by the assertion.
-        unsafe {
-            matrixmultiply::sgemm(
-                m, k, n, 1.0, x, k_stride, 1, w, 1, k_stride, 0.0, out, n_stride, 1,
-            );
-        }
-    }
-}
-
 /// A number of ours that candle has, too.
 pub trait Number: Element + WithDType {}
 impl<T: Element + WithDType> Number for T {}
 
 fn widen<T: Element>(x: T) -> f32 {
     x.to_f32()
-}
-
-fn narrow<T: Element>(x: f32) -> T {
-    <T as Element>::from_f32(x)
 }
 
 /// A layer of such products.

@@ -88,7 +88,8 @@ impl Generator {
         values
     }
 
-    fn floats(self, n: usize, scale: f32) -> Vec<f32> {
+    /// n f32 numbers of variance `scale²`.
+    pub fn floats(self, n: usize, scale: f32) -> Vec<f32> {
         match self.values(DType::F32, n, scale) {
             Values::F32(v) => v,
             _ => Vec::new(),
