@@ -9,7 +9,9 @@
 
 mod support;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{
+    BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
+};
 use moe_kernels::grouped_gemm::{Groups, PackedMatrices, grouped_gemm_into, scratch_bytes};
 use moe_kernels::routing::{RouteInput, Router, Routing};
 use moe_kernels::{Cpu, DType, MatMut, MatRef};
@@ -232,6 +234,7 @@ fn bench(
     let mut group = c.benchmark_group(p.id.as_str());
     group
         .sample_size(10)
+        .sampling_mode(SamplingMode::Flat)
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_secs(1))
         .throughput(Throughput::Elements(p.work(dtype).flops as u64));

@@ -8,7 +8,9 @@
 
 mod support;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{
+    BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
+};
 use moe_kernels::{Cpu, DType};
 use std::time::{Duration, Instant};
 use support::layer::measure::Machine;
@@ -91,6 +93,7 @@ fn bench(
     let mut group = c.benchmark_group(group);
     group
         .sample_size(10)
+        .sampling_mode(SamplingMode::Flat)
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_secs(1))
         .throughput(Throughput::Elements(work.flops as u64));

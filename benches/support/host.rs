@@ -127,7 +127,7 @@ fn first_line(program: &str, arguments: &[&str]) -> String {
 }
 
 /// Year, month and day (UTC) by counting days in the 400-year cycle of the calendar, in years that begin in March.
-fn date(time: SystemTime) -> String {
+pub fn date(time: SystemTime) -> String {
     let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     // Day 0 is 1 March of the year 0.
     let days = seconds / 86_400 + 719_468;
