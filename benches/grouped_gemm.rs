@@ -172,6 +172,7 @@ impl<'a> Problem<'a> {
 /// One line: ours and the rivals, turn about, each with swept caches.
 fn compare(p: &Problem<'_>, cpu: &Cpu, packed: &PackedMatrices, machine: &mut Machine) {
     let threads = cpu.threads();
+    machine.begin(cpu);
     let mut scratch = vec![0u8; scratch_bytes(cpu)];
     let mut out = p.zeros();
     let mut times: Vec<(&str, Vec<f64>)> = vec![("ours", Vec::new()), ("gemm crate", Vec::new())];
@@ -199,19 +200,20 @@ fn compare(p: &Problem<'_>, cpu: &Cpu, packed: &PackedMatrices, machine: &mut Ma
         }
     }
     machine.look_again(cpu);
-    let roof = p.work(DType::F32).roof(machine, DType::F32);
+    let roof = p.work(DType::F32).roof(&machine.ceilings, DType::F32);
     let mut medians = times
         .into_iter()
         .map(|(who, t)| (who, median(t.into_iter())));
     let ours = medians.next().map_or(f64::NAN, |(_, t)| t);
     print!(
-        "{}/f32, {} thread(s): ours {:.2} ms, {:.1} GFLOP/s, {:.1}% of the roof by {} at {machine}",
+        "{}/f32, {} thread(s): ours {:.2} ms, {:.1} GFLOP/s, {:.1}% of the roof by {} at {}",
         p.id,
         threads,
         ours * 1e3,
         p.work(DType::F32).flops / ours / 1e9,
         100.0 * roof.seconds / ours,
-        roof.bound.name()
+        roof.bound.name(),
+        machine.ceilings
     );
     for (who, theirs) in medians {
         print!("; {who} {:.2} ms, ratio {:.2}", theirs * 1e3, theirs / ours);
@@ -219,7 +221,7 @@ fn compare(p: &Problem<'_>, cpu: &Cpu, packed: &PackedMatrices, machine: &mut Ma
     println!();
 }
 
-/// Criterion's figures, and the share of the roof of the best ceilings so far.
+/// Criterion's figures, and the share of the roof.
 fn bench(
     c: &mut Criterion,
     p: &Problem<'_>,
@@ -228,6 +230,7 @@ fn bench(
     machine: &mut Machine,
 ) {
     let dtype = packed.dtype();
+    machine.begin(cpu);
     let mut scratch = vec![0u8; scratch_bytes(cpu)];
     let mut out = p.zeros();
     let mut times = Vec::new();
@@ -253,7 +256,8 @@ fn bench(
         });
     });
     group.finish();
-    support::say_share(machine, dtype, p.work(dtype), times);
+    machine.look_again(cpu);
+    support::say_share(&machine.ceilings, dtype, p.work(dtype), times);
 }
 
 /// One of a layer's two products; nothing is made that the command line does not ask for.

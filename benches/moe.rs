@@ -32,7 +32,7 @@ fn forward(c: &mut Criterion) {
         false => &["qwen3-30b-a3b", "olmoe", "mixtral", "deepseek-v3"],
     };
     let mut machine = Machine::measure(&cpu);
-    println!("{}, {} thread(s): {machine}", cpu.isa(), cpu.threads());
+    println!("{}, {} thread(s)", cpu.isa(), cpu.threads());
     for name in names {
         for dtype in DType::ALL {
             layer(c, &cpu, &mut machine, name, dtype);
@@ -74,7 +74,7 @@ fn layer(c: &mut Criterion, cpu: &Cpu, machine: &mut Machine, name: &str, dtype:
             &batches,
             work,
         );
-        say_share(machine, dtype, work, times);
+        say_share(&machine.ceilings, dtype, work, times);
     }
 }
 
@@ -88,6 +88,7 @@ fn bench(
     batches: &[Batch],
     work: Work,
 ) -> Vec<f64> {
+    machine.begin(cpu);
     let mut times = Vec::new();
     let (group, parameter) = id.rsplit_once('/').expect("an id with slashes");
     let mut group = c.benchmark_group(group);

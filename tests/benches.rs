@@ -8,7 +8,7 @@ use moe_kernels::routing::{RouteInput, Router, RouterConfig, Routing};
 use moe_kernels::{Cpu, DType, MatRef};
 use std::time::{Duration, UNIX_EPOCH};
 use support::host;
-use support::layer::measure::Machine;
+use support::layer::measure::Ceilings;
 use support::layer::seeded::Seeded;
 use support::layer::source;
 use support::load::Load;
@@ -86,7 +86,6 @@ fn every_shape_has_a_name_and_an_unknown_one_lists_them() {
 fn the_subject_is_checked_and_its_roof_is_the_longer_time() {
     let cpu = Cpu::new();
     let shape = shapes::named("tiny").unwrap();
-    let mut machine = Machine::measure(&cpu);
     for dtype in DType::ALL {
         let mut seeded = Seeded {
             architecture: shape.clone(),
@@ -100,8 +99,18 @@ fn the_subject_is_checked_and_its_roof_is_the_longer_time() {
         let work = subject.work(&batch);
         assert_eq!(work.flops, (2 * 9 * 2 * 3 * 64 * 48) as f64);
         for (bandwidth, bound) in [(1.0, Bound::Bytes), (f64::INFINITY, Bound::Flops)] {
-            machine.read_bandwidth = bandwidth;
-            assert_eq!(work.roof(&machine, dtype).bound, bound);
+            let ceilings = Ceilings {
+                fma_peak: 1e9,
+                bf16_dot_peak: Some(2e9),
+                read_bandwidth: bandwidth,
+            };
+            let roof = work.roof(&ceilings, dtype);
+            let peak = if dtype == DType::BF16 { 2e9 } else { 1e9 };
+            assert_eq!(roof.bound, bound);
+            assert_eq!(
+                roof.seconds,
+                (work.flops / peak).max(work.bytes / bandwidth)
+            );
         }
         // Another layer's weights: the check must notice.
         seeded.seed = 2;

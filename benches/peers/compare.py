@@ -69,6 +69,7 @@ def measure(layer, peers, load, tokens, sweep):
     """Medians in seconds, ours first. Every round begins with another engine."""
     numbers = range(TURNS if tokens <= 512 else 2)
     batches = [layer.batch(load, n, tokens) for n in numbers]
+    layer.ceilings()  # forget those of the line before
     for peer in peers:
         agree(peer, batches[0], layer.dtype)
     times = [[] for _ in range(len(peers) + 1)]
@@ -95,11 +96,12 @@ def line(report, name, dtype, load, tokens, layer, times, logits):
     elements = 3 * layer.hidden * layer.intermediate
     flops = 2 * tokens * layer.top_k * elements
     size = layer.dtype.itemsize * touched * elements
-    _, peak, bandwidth = layer.ceilings()
+    peak, bandwidth = layer.ceilings()
     by_bytes, by_flops = size / bandwidth, flops / peak
     roof = max(by_bytes, by_flops)
     cells = [name, dtype, load, tokens, f"{times[0] * 1e3:.2f}", f"{roof * 1e3:.2f}", "bytes" if by_bytes > by_flops else "FLOPs"]
-    cells += [f"{100 * roof / times[0]:.1f}", f"{flops / times[0] / 1e9:.1f}", f"{size / times[0] / 1e9:.1f}"]
+    cells += [f"{100 * roof / times[0]:.1f}", f"{flops / times[0] / 1e9:.1f}", f"{peak / 1e9:.0f}"]
+    cells += [f"{size / times[0] / 1e9:.1f}", f"{bandwidth / 1e9:.1f}"]
     for theirs in times[1:]:
         cells += [f"{theirs * 1e3:.2f}", f"{theirs / times[0]:.2f}"]
     report.say("| " + " | ".join(map(str, cells)) + " |")
@@ -122,7 +124,7 @@ def prepare(layer, shape, dtype):
 
 
 def columns(peers):
-    titles = ["layer", "weights", "load", "T", "ours, ms", "roof, ms", "bound by", "% of roof", "GFLOP/s", "GB/s"]
+    titles = ["layer", "weights", "load", "T", "ours, ms", "roof, ms", "bound by", "% of roof", "GFLOP/s", "of", "GB/s", "of"]
     for peer in peers:
         titles += [f"{peer.name}, ms", "ratio"]
     return "| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|"
@@ -140,8 +142,6 @@ def layer_lines(report, shape, dtype, sweep, folder):
             for tokens in map(int, OPTIONS.tokens):
                 times, logits = measure(layer, peers, load, tokens, sweep)
                 line(report, shape, dtype, load, tokens, layer, times, logits)
-        fma, peak, bandwidth = layer.ceilings()
-        report.say(f"\nCeilings of this process: {fma / 1e9:.0f} GFLOP/s f32 FMA, {peak / 1e9:.0f} for {dtype}, {bandwidth / 1e9:.1f} GB/s read; ours on {layer.isa}.")
     finally:
         layer.close()
 
@@ -150,7 +150,7 @@ def main():
     torch.set_num_threads(OPTIONS.threads)
     torch.set_grad_enabled(False)
     report = Report(OPTIONS.record)
-    report.say(f"# Peers, {OPTIONS.threads} thread(s), torch {torch.__version__}")
+    report.say(f"# Peers, {OPTIONS.threads} thread(s), torch {torch.__version__}\n\nShares are of the ceilings seen between the calls of their line.")
     sweep = torch.ones(SWEEP_BYTES // 4)
     with tempfile.TemporaryDirectory() as folder:
         for shape in OPTIONS.shapes:

@@ -37,7 +37,7 @@ class Ours:
         return self._answer()
 
     def ceilings(self):
-        """FLOP/s of f32 FMA, FLOP/s of this format, bytes/s read: the best seen so far."""
+        """FLOP/s of this format and bytes/s read: the best seen since the last question."""
         return [float(word) for word in self._ask("ceilings").split()]
 
     def seconds(self, load, number, tokens):

@@ -19,7 +19,7 @@ pub mod roof;
 pub mod shapes;
 pub mod subject;
 
-use layer::measure::{Machine, median};
+use layer::measure::{Ceilings, median};
 use layer::{Result, fail};
 use moe_kernels::DType;
 use roof::Work;
@@ -65,15 +65,15 @@ pub fn only_testing() -> bool {
     std::env::args().any(|arg| arg == "--test")
 }
 
-/// A line below criterion's: the median of our own clock and its share of the roof.
-pub fn say_share(machine: &Machine, dtype: DType, work: Work, times: Vec<f64>) {
+/// A line below criterion's: the median of our own clock and its share of the roof at the ceilings of the same seconds.
+pub fn say_share(ceilings: &Ceilings, dtype: DType, work: Work, times: Vec<f64>) {
     if times.is_empty() {
         return;
     }
-    let roof = work.roof(machine, dtype);
+    let roof = work.roof(ceilings, dtype);
     let seconds = median(times.into_iter());
     println!(
-        "    median {:.3} ms, {:.1} GFLOP/s, {:.1} GB/s; roof {:.3} ms by {}: {:.1}%",
+        "    median {:.3} ms, {:.1} GFLOP/s, {:.1} GB/s; roof {:.3} ms by {} at {ceilings}: {:.1}%",
         seconds * 1e3,
         work.flops / seconds / 1e9,
         work.bytes / seconds / 1e9,

@@ -1,6 +1,6 @@
 //! What a call must do at least, and how long the machine takes for it at its ceilings.
 
-use super::layer::measure::Machine;
+use super::layer::measure::Ceilings;
 use super::layer::shapes::Architecture;
 use moe_kernels::DType;
 
@@ -24,9 +24,9 @@ impl Work {
     }
 
     /// The time that the machine needs at its ceilings.
-    pub fn roof(&self, machine: &Machine, dtype: DType) -> Roof {
-        let bytes = self.bytes / machine.read_bandwidth;
-        let flops = self.flops / machine.flop_peak(dtype);
+    pub fn roof(&self, ceilings: &Ceilings, dtype: DType) -> Roof {
+        let bytes = self.bytes / ceilings.read_bandwidth;
+        let flops = self.flops / ceilings.flop_peak(dtype);
         if bytes > flops {
             Roof {
                 seconds: bytes,

@@ -4,7 +4,7 @@
 //! weights PATH                   writes PATH.gate_up [E, 2I, H] and PATH.down [E, H, I], raw little-endian numbers of the format   ok
 //! batch LOAD NUMBER T PATH       computes a batch; writes PATH.x [T, H], PATH.logits [T, E], PATH.y [T, H], raw f32                ok
 //! time LOAD NUMBER T             sweeps the caches, computes the batch                                                             seconds
-//! ceilings                       measures                                                    FLOP/s f32, FLOP/s of the format, bytes/s
+//! ceilings                       those seen since it was last asked                               FLOP/s of the format, bytes/s
 //! ```
 //!
 //! It begins with one line: `H I E K isa`. Each batch is checked against the f64 reference when it is first written.
@@ -116,9 +116,10 @@ impl Server<'_> {
             }
             ["ceilings"] => {
                 self.machine.look_again(self.cpu);
-                let m = &self.machine;
-                let peak = m.flop_peak(self.seeded.dtype);
-                Ok(format!("{} {peak} {}", m.fma_peak, m.read_bandwidth))
+                let seen = self.machine.ceilings;
+                self.machine.begin(self.cpu);
+                let peak = seen.flop_peak(self.seeded.dtype);
+                Ok(format!("{peak} {}", seen.read_bandwidth))
             }
             _ => fail(format!("--serve: cannot read {line:?}")),
         }

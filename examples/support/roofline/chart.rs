@@ -9,12 +9,12 @@ use moe_kernels::DType;
 
 const WIDTH: f64 = 1180.0;
 const HEADER: f64 = 148.0;
-const ROW: f64 = 330.0;
+const ROW: f64 = 344.0;
 /// Of a panel's plotting area.
 const PANEL: (f64, f64) = (480.0, 232.0);
 /// Its upper left corner in the row, for both panels.
 const LEFT: [f64; 2] = [74.0, 640.0];
-const TOP: f64 = 50.0;
+const TOP: f64 = 62.0;
 
 const INK: &str = "#1f2933";
 const FAINT: &str = "#6b7783";
@@ -146,12 +146,12 @@ fn row(svg: &mut Svg, sweep: &Sweep, series: &Series, top: f64) {
     );
     let title = format!("{}, {}", s.name, plural(series.threads));
     svg.line(&[(28.0, top), (WIDTH - 28.0, top)], GRID);
-    svg.text((28.0, top + 28.0), HEADING, &title);
+    svg.text((28.0, top + 30.0), HEADING, &title);
     let right = Font {
         anchor: Anchor::End,
         ..NOTE
     };
-    svg.text((WIDTH - 28.0, top + 28.0), right, &sizes);
+    svg.text((WIDTH - 28.0, top + 30.0), right, &sizes);
     time_panel(svg, sweep, series, top + TOP);
     share_panel(svg, sweep, series, top + TOP);
 }
@@ -234,7 +234,7 @@ fn time_panel(svg: &mut Svg, sweep: &Sweep, series: &Series, top: f64) {
     let times = series
         .points
         .iter()
-        .flat_map(|p| [p.seconds, sweep.roof(series, p).seconds])
+        .flat_map(|p| [p.seconds, p.roof().seconds])
         .map(|seconds| 1e3 * seconds);
     let low = times.clone().fold(f64::INFINITY, f64::min);
     let high = times.fold(0.0, f64::max);
@@ -250,9 +250,9 @@ fn time_panel(svg: &mut Svg, sweep: &Sweep, series: &Series, top: f64) {
         let points = of(series, dtype);
         let roof = points
             .clone()
-            .map(|p| axes.at(p.tokens, 1e3 * sweep.roof(series, p).seconds));
+            .map(|p| axes.at(p.tokens, 1e3 * p.roof().seconds));
         svg.line(&roof.collect::<Vec<_>>(), roof_line(dtype));
-        plot(svg, sweep, series, dtype, &axes, |p| 1e3 * p.seconds);
+        plot(svg, series, dtype, &axes, |p| 1e3 * p.seconds);
     }
 }
 
@@ -269,23 +269,14 @@ fn share_panel(svg: &mut Svg, sweep: &Sweep, series: &Series, top: f64) {
     svg.line(&roof, stroke);
     axes.labels(svg, series, "share of the roof");
     for dtype in dtypes(sweep) {
-        plot(svg, sweep, series, dtype, &axes, |p| {
-            100.0 * sweep.share(series, p)
-        });
+        plot(svg, series, dtype, &axes, |p| 100.0 * p.share());
     }
 }
 
 /// One format's curve with its dots.
-fn plot(
-    svg: &mut Svg,
-    sweep: &Sweep,
-    series: &Series,
-    dtype: DType,
-    axes: &Axes,
-    value: impl Fn(&Point) -> f64,
-) {
+fn plot(svg: &mut Svg, series: &Series, dtype: DType, axes: &Axes, value: impl Fn(&Point) -> f64) {
     let dots: Vec<_> = of(series, dtype)
-        .map(|p| (axes.at(p.tokens, value(p)), sweep.roof(series, p).bound))
+        .map(|p| (axes.at(p.tokens, value(p)), p.roof().bound))
         .collect();
     let line: Vec<_> = dots.iter().map(|(at, _)| *at).collect();
     svg.line(&line, curve(dtype));

@@ -2,7 +2,7 @@
 
 use super::Options;
 use crate::support::layer::Result;
-use crate::support::layer::measure::{Machine, median};
+use crate::support::layer::measure::{Ceilings, Machine, median};
 use crate::support::layer::seeded::Seeded;
 use crate::support::layer::shapes::Architecture;
 use crate::support::layer::source::{self, Built};
@@ -29,6 +29,20 @@ pub struct Point {
     pub work: Work,
     /// Mean number of experts that a call touched.
     pub touched: f64,
+    /// Of the same seconds.
+    pub ceilings: Ceilings,
+}
+
+impl Point {
+    /// What bounds it.
+    pub fn roof(&self) -> Roof {
+        self.work.roof(&self.ceilings, self.dtype)
+    }
+
+    /// Its share of the roof: 1 is the limit.
+    pub fn share(&self) -> f64 {
+        self.roof().seconds / self.seconds
+    }
 }
 
 /// The curves of a layer on a number of threads: a row of the picture.
@@ -43,27 +57,7 @@ pub struct Series {
 pub struct Sweep {
     pub isa: Isa,
     pub load: Load,
-    /// With the ceilings of each number of threads.
-    pub machines: Vec<(usize, Machine)>,
     pub series: Vec<Series>,
-}
-
-impl Sweep {
-    /// The ceilings of `threads` threads.
-    pub fn machine(&self, threads: usize) -> &Machine {
-        let found = self.machines.iter().find(|(n, _)| *n == threads);
-        &found.expect("every series has a machine").1
-    }
-
-    /// What bounds a point.
-    pub fn roof(&self, series: &Series, point: &Point) -> Roof {
-        point.work.roof(self.machine(series.threads), point.dtype)
-    }
-
-    /// A point's share of its roof: 1 is the limit.
-    pub fn share(&self, series: &Series, point: &Point) -> f64 {
-        self.roof(series, point).seconds / point.seconds
-    }
 }
 
 /// Time and points that are left.
@@ -83,13 +77,9 @@ pub fn measure(cpu: &Cpu, options: &Options) -> Result<Sweep> {
     let mut sweep = Sweep {
         isa: cpu.isa(),
         load: options.load,
-        machines: Vec::new(),
         series: Vec::new(),
     };
-    for &n in &threads {
-        let machine = on_threads(n, || Ok(Machine::measure(cpu)))?;
-        sweep.machines.push((n, machine));
-    }
+    let mut machine = Machine::measure(cpu);
     for shape in architectures {
         let first = sweep.series.len();
         sweep.series.extend(threads.iter().map(|&threads| Series {
@@ -105,13 +95,13 @@ pub fn measure(cpu: &Cpu, options: &Options) -> Result<Sweep> {
             };
             check_memory(&shape.name, shapes::weight_bytes(&shape, dtype))?;
             let built = source::build(cpu, &shape, &mut weights, dtype, progress().as_mut())?;
-            for (i, (n, machine)) in sweep.machines.iter_mut().enumerate() {
-                let points = on_threads(*n, || {
+            for (i, &n) in threads.iter().enumerate() {
+                let points = on_threads(n, || {
                     let mut curve = Curve {
                         cpu,
                         built: &built,
                         weights: &mut weights,
-                        machine,
+                        machine: &mut machine,
                         options,
                     };
                     let points = tokens.iter().map(|&t| curve.point(t, &mut budget));
@@ -152,6 +142,7 @@ impl Curve<'_> {
             .collect();
         // The check also touches all buffers for the first time.
         subject.check(&batches[0], self.weights, self.options.check)?;
+        self.machine.begin(self.cpu);
         let (mut times, mut works) = (Vec::new(), Vec::new());
         let start = Instant::now();
         let allowed = Duration::from_secs_f64((budget.seconds / budget.points as f64).max(0.0));
@@ -184,6 +175,7 @@ impl Curve<'_> {
             repeats: times.len(),
             work,
             touched: work.bytes / expert_bytes,
+            ceilings: self.machine.ceilings,
         })
     }
 }

@@ -2,18 +2,14 @@
 
 use super::sweep::{Series, Sweep};
 use crate::support::host::Host;
+use crate::support::layer::measure::Ceilings;
 use std::fmt::{Result, Write};
 
 /// The whole record; `picture` is the name of the SVG beside it.
 pub fn markdown(sweep: &Sweep, host: &Host, picture: &str) -> String {
     let mut out = String::new();
     header(&mut out, sweep, host, picture)
-        .and_then(|()| {
-            sweep
-                .series
-                .iter()
-                .try_for_each(|s| table(&mut out, sweep, s))
-        })
+        .and_then(|()| sweep.series.iter().try_for_each(|s| table(&mut out, s)))
         .expect("writing to a string cannot fail");
     out
 }
@@ -29,7 +25,7 @@ fn header(out: &mut String, sweep: &Sweep, host: &Host, picture: &str) -> Result
     )?;
     writeln!(
         out,
-        "* Ceilings, the best seen in this run: {}.\n",
+        "* Ceilings: {}. They move on a shared machine; each line's shares are of those seen between its own calls.\n",
         ceilings(sweep)
     )?;
     writeln!(
@@ -39,11 +35,41 @@ fn header(out: &mut String, sweep: &Sweep, host: &Host, picture: &str) -> Result
     writeln!(out, "![time and share of the roof against T]({picture})")
 }
 
-/// As in `1 thread: 120 GFLOP/s f32 FMA, 240 bf16 dot, 30.0 GB/s read; 2 threads: …`.
+/// As in `1 thread: 120 GFLOP/s f32 FMA, 240 bf16 dot, 28.0 to 30.0 GB/s read; 2 threads: …`.
 pub fn ceilings(sweep: &Sweep) -> String {
-    let each = sweep.machines.iter();
-    let each = each.map(|(threads, machine)| format!("{}: {machine}", plural(*threads)));
+    let mut threads: Vec<usize> = sweep.series.iter().map(|s| s.threads).collect();
+    threads.sort_unstable();
+    threads.dedup();
+    let each = threads.into_iter().map(|threads| {
+        let range = |digits: usize, of: fn(&Ceilings) -> f64| {
+            let points = sweep.series.iter().filter(|s| s.threads == threads);
+            let points = points.flat_map(|s| &s.points);
+            range(digits, points.map(|p| of(&p.ceilings) / 1e9))
+        };
+        let mut words = format!(
+            "{}: {} GFLOP/s f32 FMA",
+            plural(threads),
+            range(0, |c| c.fma_peak)
+        );
+        let dots = range(0, |c| c.bf16_dot_peak.unwrap_or(0.0));
+        if dots != "0" {
+            words += &format!(", {dots} bf16 dot");
+        }
+        words + &format!(", {} GB/s read", range(1, |c| c.read_bandwidth))
+    });
     each.collect::<Vec<_>>().join("; ")
+}
+
+/// The least and the largest number, or one if they look the same.
+fn range(digits: usize, values: impl Iterator<Item = f64> + Clone) -> String {
+    let low = values.clone().fold(f64::INFINITY, f64::min);
+    let high = values.fold(0.0, f64::max);
+    let (low, high) = (format!("{low:.digits$}"), format!("{high:.digits$}"));
+    if low == high {
+        high
+    } else {
+        format!("{low} to {high}")
+    }
 }
 
 /// `1 thread`, `2 threads`.
@@ -51,7 +77,7 @@ pub fn plural(threads: usize) -> String {
     format!("{threads} thread{}", if threads == 1 { "" } else { "s" })
 }
 
-fn table(out: &mut String, sweep: &Sweep, series: &Series) -> Result {
+fn table(out: &mut String, series: &Series) -> Result {
     let shape = &series.shape;
     writeln!(
         out,
@@ -65,22 +91,24 @@ fn table(out: &mut String, sweep: &Sweep, series: &Series) -> Result {
     )?;
     writeln!(
         out,
-        "| weights | T | ms | roof, ms | bound by | % of roof | GFLOP/s | GB/s | experts touched | calls |"
+        "| weights | T | ms | roof, ms | bound by | % of roof | GFLOP/s | of | GB/s | of | experts touched | calls |"
     )?;
-    writeln!(out, "|---|---|---|---|---|---|---|---|---|---|")?;
+    writeln!(out, "|---|---|---|---|---|---|---|---|---|---|---|---|")?;
     for point in &series.points {
-        let roof = sweep.roof(series, point);
+        let roof = point.roof();
         writeln!(
             out,
-            "| {} | {} | {:.3} | {:.3} | {} | {:.1} | {:.1} | {:.1} | {:.1} | {} |",
+            "| {} | {} | {:.3} | {:.3} | {} | {:.1} | {:.1} | {:.0} | {:.1} | {:.1} | {:.1} | {} |",
             point.dtype,
             point.tokens,
             point.seconds * 1e3,
             roof.seconds * 1e3,
             roof.bound.name(),
-            100.0 * sweep.share(series, point),
+            100.0 * point.share(),
             point.work.flops / point.seconds / 1e9,
+            point.ceilings.flop_peak(point.dtype) / 1e9,
             point.work.bytes / point.seconds / 1e9,
+            point.ceilings.read_bandwidth / 1e9,
             point.touched,
             point.repeats
         )?;
