@@ -38,6 +38,11 @@ impl Op for FmaLoop {
     }
 }
 
+/// How far ahead of its loads the read loop asks for memory, in floats: 1 KiB.
+const READ_AHEAD: usize = 256;
+
+/// Reads two streams at once and asks for both ahead of time. On one Zen 5 core, GB/s in the median: one stream 33, two 38, one asked for ahead 40, two asked for ahead 40 (and the
+/// highest best of all, also on two cores); 512 to 2048 bytes ahead are alike, 4096 loses.
 struct ReadLoop<'a> {
     data: &'a [f32],
 }
@@ -48,9 +53,18 @@ impl Op for ReadLoop<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
         let mut sums = [s.splat(0.0); 8];
-        for chunk in self.data.chunks_exact(8 * S::LANES) {
-            for (sum, v) in sums.iter_mut().zip(chunk.chunks_exact(S::LANES)) {
-                *sum = s.add(*sum, s.load_slice(v));
+        let (first, second) = self.data.split_at(self.data.len() / 2);
+        let steps = first.chunks_exact(8 * S::LANES);
+        for (a, b) in steps.zip(second.chunks_exact(8 * S::LANES)) {
+            for chunk in [a, b] {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    let v = &chunk[i * S::LANES..];
+                    // Once a cache line.
+                    if (i * S::LANES).is_multiple_of(16) {
+                        s.prefetch(v.as_ptr().wrapping_add(READ_AHEAD).cast());
+                    }
+                    *sum = s.add(*sum, s.load_slice(v));
+                }
             }
         }
         let mut lanes = [0.0; super::simd::MAX_LANES];

@@ -8,7 +8,7 @@ use crate::support::roof::Bound;
 use moe_kernels::DType;
 
 const WIDTH: f64 = 1180.0;
-const HEADER: f64 = 148.0;
+const HEADER: f64 = 126.0;
 const ROW: f64 = 344.0;
 /// Of a panel's plotting area.
 const PANEL: (f64, f64) = (480.0, 232.0);
@@ -56,11 +56,11 @@ fn color(dtype: DType) -> &'static str {
 
 /// Draws everything.
 pub fn draw(sweep: &Sweep, host: &Host) -> String {
-    let height = HEADER + ROW * sweep.series.len() as f64;
+    let height = top(sweep) + ROW * sweep.series.len() as f64;
     let mut svg = Svg::new(WIDTH, height);
     header(&mut svg, sweep, host);
     for (i, series) in sweep.series.iter().enumerate() {
-        row(&mut svg, sweep, series, HEADER + ROW * i as f64);
+        row(&mut svg, sweep, series, top(sweep) + ROW * i as f64);
     }
     svg.finish()
 }
@@ -73,12 +73,15 @@ fn header(svg: &mut Svg, sweep: &Sweep, host: &Host) {
         host.model, host.family, host.cores, host.caches, sweep.isa, sweep.load, host.date
     );
     svg.text((x, 62.0), NOTE, &machine);
-    svg.text(
-        (x, 82.0),
-        NOTE,
-        &format!("Ceilings of this run: {}", ceilings(sweep)),
-    );
-    legend(svg, sweep, x, 112.0);
+    for (i, line) in ceilings(sweep).iter().enumerate() {
+        svg.text((x, 82.0 + 18.0 * i as f64), NOTE, line);
+    }
+    legend(svg, sweep, x, top(sweep) - 36.0);
+}
+
+/// Where the header ends: it has a line for each number of threads.
+fn top(sweep: &Sweep) -> f64 {
+    HEADER + 18.0 * ceilings(sweep).len() as f64
 }
 
 fn legend(svg: &mut Svg, sweep: &Sweep, mut x: f64, y: f64) {

@@ -26,7 +26,7 @@ fn header(out: &mut String, sweep: &Sweep, host: &Host, picture: &str) -> Result
     writeln!(
         out,
         "* Ceilings: {}. They move on a shared machine; each line's shares are of those seen between its own calls.\n",
-        ceilings(sweep)
+        ceilings(sweep).join("; ")
     )?;
     writeln!(
         out,
@@ -35,8 +35,8 @@ fn header(out: &mut String, sweep: &Sweep, host: &Host, picture: &str) -> Result
     writeln!(out, "![time and share of the roof against T]({picture})")
 }
 
-/// As in `1 thread: 120 GFLOP/s f32 FMA, 240 bf16 dot, 28.0 to 30.0 GB/s read; 2 threads: …`.
-pub fn ceilings(sweep: &Sweep) -> String {
+/// For each number of threads a line, as in `1 thread: 120 GFLOP/s f32 FMA, 240 bf16 dot, 28.0 to 30.0 GB/s read`.
+pub fn ceilings(sweep: &Sweep) -> Vec<String> {
     let mut threads: Vec<usize> = sweep.series.iter().map(|s| s.threads).collect();
     threads.sort_unstable();
     threads.dedup();
@@ -57,7 +57,7 @@ pub fn ceilings(sweep: &Sweep) -> String {
         }
         words + &format!(", {} GB/s read", range(1, |c| c.read_bandwidth))
     });
-    each.collect::<Vec<_>>().join("; ")
+    each.collect()
 }
 
 /// The least and the largest number, or one if they look the same.
