@@ -2,6 +2,7 @@
 
 use core::fmt;
 use half::{bf16, f16};
+use num_traits::AsPrimitive;
 
 /// A number format, as a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,7 +55,7 @@ mod sealed {
 ///
 /// Widening to f32 is exact; narrowing rounds to nearest, ties to even.
 pub trait Element:
-    sealed::Sealed + bytemuck::Pod + PartialEq + fmt::Debug + Default + Send + Sync + 'static
+    sealed::Sealed + bytemuck::Pod + AsPrimitive<f32> + PartialEq + fmt::Debug + Default + Send + Sync
 {
     /// The format as a value.
     const DTYPE: DType;
@@ -63,7 +64,10 @@ pub trait Element:
     fn from_f32_nearest(x: f32) -> Self;
 
     /// Exact.
-    fn to_f32(self) -> f32;
+    #[inline]
+    fn to_f32(self) -> f32 {
+        self.as_()
+    }
 }
 
 impl Element for f32 {
@@ -72,11 +76,6 @@ impl Element for f32 {
     #[inline]
     fn from_f32_nearest(x: f32) -> Self {
         x
-    }
-
-    #[inline]
-    fn to_f32(self) -> f32 {
-        self
     }
 }
 
@@ -87,11 +86,6 @@ impl Element for f16 {
     fn from_f32_nearest(x: f32) -> Self {
         f16::from_f32(x)
     }
-
-    #[inline]
-    fn to_f32(self) -> f32 {
-        f16::to_f32(self)
-    }
 }
 
 impl Element for bf16 {
@@ -100,11 +94,6 @@ impl Element for bf16 {
     #[inline]
     fn from_f32_nearest(x: f32) -> Self {
         bf16::from_f32(x)
-    }
-
-    #[inline]
-    fn to_f32(self) -> f32 {
-        bf16::to_f32(self)
     }
 }
 

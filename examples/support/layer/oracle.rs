@@ -107,22 +107,33 @@ pub fn check(
     sample: &Sample,
     count: usize,
 ) -> Result<Checked> {
-    let mut checked = Checked::default();
-    let count = count.min(sample.tokens);
+    let mut checked = check_from_logits(architecture, source, dtype, sample, count)?;
     let router = source.router()?;
+    for t in checked.tokens.clone() {
+        check_logits(&mut checked, architecture, &router, sample, t)?;
+    }
+    Ok(checked)
+}
+
+/// As [`check`], of a call whose logits came from the caller.
+pub fn check_from_logits(
+    architecture: &Architecture,
+    source: &mut dyn Source,
+    dtype: DType,
+    sample: &Sample,
+    count: usize,
+) -> Result<Checked> {
+    let mut checked = Checked {
+        tokens: spread(sample.tokens, count),
+        ..Checked::default()
+    };
+    let correction = source.router()?.correction;
     let shared = source.shared()?;
     let spec = exact::RouterSpec {
-        correction_bias: router.correction.as_deref().map(widen).unwrap_or_default(),
+        correction_bias: correction.as_deref().map(widen).unwrap_or_default(),
         ..(&architecture.router).into()
     };
-    for n in 0..count {
-        let t = if count == 1 {
-            0
-        } else {
-            n * (sample.tokens - 1) / (count - 1)
-        };
-        checked.tokens.push(t);
-        check_logits(&mut checked, architecture, &router, sample, t)?;
+    for t in checked.tokens.clone() {
         let weights = check_routing(&mut checked, &spec, sample, t)?;
         let y = token(
             architecture,
@@ -139,6 +150,14 @@ pub fn check(
         }
     }
     Ok(checked)
+}
+
+/// Up to `count` of `tokens` tokens, the first and the last among them.
+fn spread(tokens: usize, count: usize) -> Vec<usize> {
+    let count = count.min(tokens);
+    (0..count)
+        .map(|n| n * (tokens - 1) / (count - 1).max(1))
+        .collect()
 }
 
 fn check_logits(

@@ -6,6 +6,7 @@
 
 use super::{MAX_LANES, Op, Simd, dispatch};
 use crate::cpu::isa::Isa;
+use core::hint::black_box;
 use std::sync::OnceLock;
 
 /// Whether `isa` has a bf16 dot product here and it passed the test; found once.
@@ -38,6 +39,58 @@ pub(crate) struct Difference {
 pub(crate) fn hunt(isa: Isa, seed: u64, vectors: usize) -> Option<Difference> {
     assert!(detected(isa));
     dispatch(isa, Hunt { seed, vectors })
+}
+
+/// FLOPs of `rounds` rounds of native dot products without dependencies, which are run; `None` where `isa` has none on this CPU.
+pub(crate) fn run_rounds(isa: Isa, rounds: usize) -> Option<f64> {
+    detected(isa).then(|| {
+        let lanes = dispatch(isa, Rounds(rounds));
+        // Two multiply-adds a lane.
+        (rounds * CHAINS * lanes * 4) as f64
+    })
+}
+
+/// More than a latency of 6 cycles × 2 a cycle (Zen 5). Of sixteen, the compiler spills some.
+const CHAINS: usize = 14;
+
+/// Returns the number of lanes.
+struct Rounds(usize);
+
+impl Op for Rounds {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> usize {
+        // SAFETY: `run_rounds` has asked the CPU.
+        unsafe { s.outline_bf16_dot(RoundsBelow(self.0)) }
+        S::LANES
+    }
+}
+
+/// The same, compiled with the instruction.
+struct RoundsBelow(usize);
+
+impl Op for RoundsBelow {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // The products of a pair cancel, so that sums stay what they are for ever.
+        let plus_minus_one = s.splat_i(black_box(0xbf80_3f80_u32 as i32));
+        let ones = s.splat_i(black_box(0x3f80_3f80));
+        let mut chains = [s.splat(black_box(1.0)); CHAINS];
+        for _ in 0..self.0 {
+            for chain in &mut chains {
+                // SAFETY: this runs below `outline_bf16_dot`.
+                *chain = unsafe { s.dot_bf16(*chain, plus_minus_one, ones) };
+            }
+        }
+        let mut lanes = [0.0; MAX_LANES];
+        for chain in chains {
+            s.store_slice(&mut lanes, chain);
+            black_box(lanes);
+        }
+    }
 }
 
 struct Hunt {
