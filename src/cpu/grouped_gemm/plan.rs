@@ -174,7 +174,10 @@ mod tests {
             let mut workers = [Runs::new(&units, groups), Runs::new(&units, groups)];
             let mut seen = vec![0; offsets.last().unwrap() * panels];
             let mut turn = 0;
-            while let Some(run) = workers[turn % 2].next() {
+            loop {
+                let Some(run) = workers[turn % 2].next() else {
+                    break;
+                };
                 assert!(run.rows.len() <= MC && !run.rows.is_empty());
                 let whole = groups.rows_of(run.expert);
                 assert!(whole.start <= run.rows.start && run.rows.end <= whole.end);
