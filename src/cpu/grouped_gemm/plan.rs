@@ -173,8 +173,7 @@ mod tests {
             let units = Units::new(&groups, panels, 2);
             let mut workers = [Runs::new(&units, groups), Runs::new(&units, groups)];
             let mut seen = vec![0; offsets.last().unwrap() * panels];
-            let mut turn = 0;
-            loop {
+            for turn in 0.. {
                 let Some(run) = workers[turn % 2].next() else {
                     break;
                 };
@@ -187,7 +186,6 @@ mod tests {
                         seen[r * panels + p] += 1;
                     }
                 }
-                turn += 1;
             }
             assert!(workers.iter_mut().all(|w| w.next().is_none()));
             units.wait();
