@@ -273,7 +273,7 @@ fn both_products_refuse_what_does_not_fit() {
     let experts = layer.pack(&cpu);
     let rows = layer.pair_of_row.len();
     let (x, gather, groups) = layer.operands();
-    let mut try_with = |x, h_cols: usize, ys_rows: usize, scratch: usize| {
+    let try_with = |x, h_cols: usize, ys_rows: usize, scratch: usize| {
         let (mut h, mut ys) = (vec![7.5f32; rows * h_cols], vec![7.5f32; ys_rows * 8]);
         let error = experts
             .forward_into(
