@@ -119,10 +119,7 @@ impl<'a> Out<'a> {
             ids: &mut self.ids[i * slots..][..tokens * slots],
             weights: &mut self.weights[i * slots..][..tokens * slots],
             shared: &mut self.shared[i * shared..][..tokens * shared],
-            importance: self
-                .importance
-                .get_mut(i..i + tokens)
-                .unwrap_or_default(),
+            importance: self.importance.get_mut(i..i + tokens).unwrap_or_default(),
         }
     }
 }

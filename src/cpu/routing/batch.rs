@@ -23,18 +23,22 @@ use crate::cpu::simd::math::{Lanes32, REDUCTION_LANES, exp};
 use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::matrix::{AnyMatRef, MatRef};
 use crate::routing::{
-    GroupLimit, GroupScore, MaskedFill, NullExperts, RankBy, Renorm, RouterConfig, Score, Selection,
-    WeightSource,
+    GroupLimit, GroupScore, MaskedFill, NullExperts, RankBy, Renorm, RouterConfig, Score,
+    Selection, WeightSource,
 };
 
 /// The most tokens of a batch: whole tiles on every instruction set.
 const TOKENS: usize = MAX_LANES;
 /// Logits of a batch: what fits the first-level cache twice.
 const LOGITS: usize = 8192;
-/// Candidates that are sorted, the largest K and the most groups: the width of [`network`].
+/// The width of [`network`], the largest K and the most groups.
 const SLOTS: usize = 16;
+/// Candidates that there is room for. K ≤ [`NARROW_K`] looks at [`SLOTS`] of them, a larger K at all: for K = 12 there are 15 on average, for 16 there are 22.
+const MAX_CANDIDATES: usize = 2 * SLOTS;
+/// The largest K for which [`SLOTS`] candidates are enough: 9.2 on average, and of random rows one in ten thousand has more than 16.
+const NARROW_K: usize = 8;
 /// A row of candidates, with room for one vector beyond the last.
-const ROW: usize = SLOTS + MAX_LANES;
+const ROW: usize = MAX_CANDIDATES + MAX_LANES;
 /// How far below the bound a logit may lie and still have the same score: exp errs by 0.9 ulp and the quotient by half a one, some 2⁻²¹
 /// altogether; the difference to the maximum (at most [`REACH`]) is rounded to 2⁻¹⁸.
 const MARGIN: f32 = 1.0 / 4096.0;
@@ -80,6 +84,8 @@ pub(super) struct Plan<'a> {
     softmax: bool,
     groups: Option<GroupLimit>,
     raw: Raw,
+    /// Most candidates that are sorted.
+    candidates: usize,
     /// `weigh::finish` in vectors.
     finish: bool,
 }
@@ -126,6 +132,10 @@ impl<'a> Plan<'a> {
             softmax: config.score == Score::Softmax && (!by_logit || raw == Raw::Softmax),
             groups,
             raw,
+            candidates: match config.top_k {
+                ..=NARROW_K => SLOTS,
+                _ => MAX_CANDIDATES,
+            },
             finish: job.per_expert_scale.is_empty()
                 && !matches!(config.renorm, Renorm::PNorm(_))
                 && !matches!(config.null_experts, NullExperts::Zero(_)),
@@ -136,9 +146,8 @@ impl<'a> Plan<'a> {
 /// The logits, when they are f32, neighbours in memory and enter the score as they are.
 fn in_place<'a>(job: &Job<'a>) -> Option<MatRef<'a, f32>> {
     let config = job.config;
-    let changed = config.logit_multiplier != 1.0
-        || config.logit_softcap > 0.0
-        || config.noise_seed.is_some();
+    let changed =
+        config.logit_multiplier != 1.0 || config.logit_softcap > 0.0 || config.noise_seed.is_some();
     match job.logits {
         AnyMatRef::F32(m) if !changed && m.rows() > 0 && m.row_slice(0).is_some() => Some(m),
         _ => None,
@@ -240,12 +249,18 @@ pub(super) fn route<S: Simd>(
     out: &mut Out<'_>,
 ) {
     let config = job.config;
-    let (n, blocks) = (config.num_logits(), config.num_logits().div_ceil(REDUCTION_LANES));
+    let (n, blocks) = (
+        config.num_logits(),
+        config.num_logits().div_ceil(REDUCTION_LANES),
+    );
     let tokens = out.tokens;
     let rows = match plan.in_place {
         Some(m) => Rows::InPlace(m, first),
         None => {
-            for (t, z) in (first..).zip(w.batch_z.chunks_exact_mut(blocks)).take(tokens) {
+            for (t, z) in (first..)
+                .zip(w.batch_z.chunks_exact_mut(blocks))
+                .take(tokens)
+            {
                 load_row(s, job, t, z, &mut w.noise, &mut w.normals);
             }
             Rows::Copied(&w.batch_z, blocks, n)
@@ -293,7 +308,7 @@ pub(super) fn route<S: Simd>(
 /// Whether token `i` of the last batch has to go the careful way.
 pub(super) fn is_strange(plan: &Plan<'_>, room: &Room, i: usize) -> bool {
     room.strange[i] != 0
-        || room.counts[i] > SLOTS as i32
+        || room.counts[i] > plan.candidates as i32
         || plan.softmax && room.sum[i].is_nan()
 }
 
@@ -313,20 +328,13 @@ fn exp_sum<S: Simd>(s: S, row: &Row<'_>, max: f32) -> S::F {
     let max = s.splat(max);
     let mut sum = Lanes32::new(s, 0.0);
     for b in 0..row.len {
-        let mut e = *row.block(b);
-        exp_block(s, &mut e, max);
-        sum.add(s, &e);
+        let z = row.block(b);
+        for i in 0..REDUCTION_LANES / S::LANES {
+            let e = exp(s, s.sub(s.load_slice(&z[i * S::LANES..]), max));
+            sum.add_vector(s, i, e);
+        }
     }
     sum.fold(s)
-}
-
-/// z ← exp(z − max)
-#[inline(always)]
-fn exp_block<S: Simd>(s: S, z: &mut Block, max: S::F) {
-    for i in (0..REDUCTION_LANES).step_by(S::LANES) {
-        let e = exp(s, s.sub(s.load_slice(&z[i..]), max));
-        s.store_slice(&mut z[i..], e);
-    }
 }
 
 /// Rows of scores plus bias; for softmax also the maxima and sums.
@@ -409,10 +417,13 @@ fn softmax_values<S: Simd>(
     for (i, values) in values.chunks_exact_mut(blocks).enumerate() {
         let (row, max) = (Row::new(s, rows.row(i)), s.splat(room.max[i]));
         let mut sum = Lanes32::new(s, 0.0);
-        for (b, e) in values.iter_mut().enumerate() {
-            *e = *row.block(b);
-            exp_block(s, e, max);
-            sum.add(s, e);
+        for (b, values) in values.iter_mut().enumerate() {
+            let z = row.block(b);
+            for i in 0..REDUCTION_LANES / S::LANES {
+                let e = exp(s, s.sub(s.load_slice(&z[i * S::LANES..]), max));
+                s.store_slice(&mut values[i * S::LANES..], e);
+                sum.add_vector(s, i, e);
+            }
         }
         s.store_slice(&mut room.partial[i], sum.fold(s));
     }
@@ -462,12 +473,17 @@ fn load_tile<S: Simd, const N: usize>(
 
 /// [`load_tile`] of integers.
 #[inline(always)]
-fn load_tile_i<S: Simd>(s: S, rows: &[[i32; ROW]; TOKENS], tile: usize) -> [S::F; SLOTS] {
+fn load_tile_i<S: Simd>(
+    s: S,
+    rows: &[[i32; ROW]; TOKENS],
+    tile: usize,
+    first: usize,
+) -> [S::F; SLOTS] {
     let mut all = [s.splat(0.0); SLOTS];
     for part in (0..SLOTS).step_by(S::LANES) {
         let mut v = [s.splat(0.0); MAX_LANES];
         for (v, row) in v.iter_mut().zip(&rows[tile..][..S::LANES]) {
-            *v = s.from_bits(s.load_slice_i(&row[part..]));
+            *v = s.from_bits(s.load_slice_i(&row[first + part..]));
         }
         transpose(s, &mut v);
         all[part..][..S::LANES].copy_from_slice(&v[..S::LANES]);
@@ -517,21 +533,48 @@ fn sort_values<S: Simd>(s: S, v: &mut [S::F; SLOTS]) {
     network!(exchange);
 }
 
-/// Sorts by key, the largest first, and equal keys by id, the lowest first. No key is `i32::MIN`.
+/// Puts the better of two (key, id) into the first place: the larger key or, of equal keys, the lower id. No key is `i32::MIN`.
+macro_rules! exchange_keys {
+    ($s:ident, $keys:ident, $ids:ident, $($i:literal $j:literal),*) => {$({
+        let (a, b) = ($keys[$i], $keys[$j]);
+        let (a_id, b_id) = ($ids[$i], $ids[$j]);
+        // An equal key wins when its id is lower: it is greater than a − 1.
+        let rival = $s.select_i($s.gt_i(a_id, b_id), $s.sub_i(a, $s.splat_i(1)), a);
+        let b_first = $s.gt_i(b, rival);
+        ($keys[$i], $keys[$j]) = ($s.max_i(a, b), $s.min_i(a, b));
+        $ids[$i] = $s.select_i(b_first, b_id, a_id);
+        $ids[$j] = $s.select_i(b_first, a_id, b_id);
+    })*};
+}
+
+/// Sorts by key, the largest first, and equal keys by id, the lowest first.
 #[inline(always)]
 fn sort_keys<S: Simd>(s: S, keys: &mut [S::I; SLOTS], ids: &mut [S::I; SLOTS]) {
-    let one = s.splat_i(1);
     macro_rules! exchange {
-        ($($i:literal $j:literal),*) => {$({
-            let (a, b, a_id, b_id) = (keys[$i], keys[$j], ids[$i], ids[$j]);
-            // An equal key wins when its id is lower: it is greater than a − 1.
-            let rival = s.select_i(s.gt_i(a_id, b_id), s.sub_i(a, one), a);
-            let b_first = s.gt_i(b, rival);
-            (keys[$i], keys[$j]) = (s.max_i(a, b), s.min_i(a, b));
-            (ids[$i], ids[$j]) = (s.select_i(b_first, b_id, a_id), s.select_i(b_first, a_id, b_id));
-        })*};
+        ($($pairs:tt)*) => { exchange_keys!(s, keys, ids, $($pairs)*) };
     }
     network!(exchange);
+}
+
+/// The best sixteen of two sorted rows, sorted: the better ones of a[i] and b[15 − i] rise and then fall, which four levels sort.
+#[inline(always)]
+fn merge_keys<S: Simd>(
+    s: S,
+    keys: &mut [S::I; SLOTS],
+    ids: &mut [S::I; SLOTS],
+    more_keys: &[S::I; SLOTS],
+    more_ids: &[S::I; SLOTS],
+) {
+    for i in 0..SLOTS {
+        let (b, b_id) = (more_keys[SLOTS - 1 - i], more_ids[SLOTS - 1 - i]);
+        let (mut two, mut two_ids) = ([keys[i], b], [ids[i], b_id]);
+        exchange_keys!(s, two, two_ids, 0 1);
+        (keys[i], ids[i]) = (two[0], two_ids[0]);
+    }
+    exchange_keys!(s, keys, ids, 0 8, 1 9, 2 10, 3 11, 4 12, 5 13, 6 14, 7 15);
+    exchange_keys!(s, keys, ids, 0 4, 1 5, 2 6, 3 7, 8 12, 9 13, 10 14, 11 15);
+    exchange_keys!(s, keys, ids, 0 2, 1 3, 4 6, 5 7, 8 10, 9 11, 12 14, 13 15);
+    exchange_keys!(s, keys, ids, 0 1, 2 3, 4 5, 6 7, 8 9, 10 11, 12 13, 14 15);
 }
 
 /// For the tokens of a tile: the value that their candidates exceed, their maxima, and whether they are strange.
@@ -576,7 +619,7 @@ fn below<S: Simd>(s: S, x: S::F) -> S::F {
 /// Rows so long have many blocks without a candidate, so that a branch is worth it.
 const SPARSE_BLOCKS: usize = 12;
 
-/// Moves all values above `below` to the front, with their ids; returns how many there are. Beyond [`SLOTS`] of them nothing is kept.
+/// Moves all values above `below` to the front, with their ids; returns how many there are. Beyond [`MAX_CANDIDATES`] of them nothing is kept.
 #[inline(always)]
 fn collect<S: Simd>(
     s: S,
@@ -607,7 +650,7 @@ fn collect<S: Simd>(
             s.store_slice_i(&mut values[place..], s.compress(found, s.to_bits(x)));
             s.store_slice_i(&mut ids[place..], s.compress(found, id));
             count += s.mask_bits(found).count_ones() as i32;
-            place = (count as usize).min(SLOTS);
+            place = (count as usize).min(MAX_CANDIDATES);
         }
     }
     count
@@ -712,6 +755,38 @@ fn score_groups<S: Simd>(
     has_nan
 }
 
+/// Keys and ids of candidates `first .. first + 16` of each token of a tile, sorted.
+#[inline(always)]
+fn sorted_candidates<S: Simd>(
+    s: S,
+    plan: &Plan<'_>,
+    tile: usize,
+    first: usize,
+    room: &Room,
+) -> ([S::I; SLOTS], [S::I; SLOTS]) {
+    let values = load_tile_i(s, &room.values, tile, first);
+    let ids_of = load_tile_i(s, &room.ids, tile, first);
+    let (max, sum) = (
+        s.load_slice(&room.max[tile..]),
+        s.load_slice(&room.sum[tile..]),
+    );
+    let counts = s.load_slice_i(&room.counts[tile..]);
+    let mut keys = [s.splat_i(NAN); SLOTS];
+    let mut ids = [s.splat_i(0); SLOTS];
+    for slot in 0..SLOTS {
+        let value = match plan.ranked {
+            Ranked::Softmax => s.div(exp(s, s.sub(values[slot], max)), sum),
+            Ranked::Logit | Ranked::Computed => values[slot],
+        };
+        let is_one = s.gt_i(counts, s.splat_i((first + slot) as i32));
+        // Below every candidate, but not i32::MIN.
+        keys[slot] = s.select_i(is_one, key(s, value), s.splat_i(NAN));
+        ids[slot] = s.to_bits(ids_of[slot]);
+    }
+    sort_keys(s, &mut keys, &mut ids);
+    (keys, ids)
+}
+
 /// Sorts the candidates of a tile and writes ids and weights.
 #[inline(always)]
 fn finish_tile<S: Simd>(
@@ -724,23 +799,15 @@ fn finish_tile<S: Simd>(
     out: &mut Out<'_>,
 ) {
     let k = job.config.top_k;
-    let values = load_tile_i(s, &room.values, tile);
-    let ids_of = load_tile_i(s, &room.ids, tile);
-    let (max, sum) = (s.load_slice(&room.max[tile..]), s.load_slice(&room.sum[tile..]));
-    let counts = s.load_slice_i(&room.counts[tile..]);
-    let mut keys = [s.splat_i(NAN); SLOTS];
-    let mut ids = [s.splat_i(0); SLOTS];
-    for slot in 0..SLOTS {
-        let value = match plan.ranked {
-            Ranked::Softmax => s.div(exp(s, s.sub(values[slot], max)), sum),
-            Ranked::Logit | Ranked::Computed => values[slot],
-        };
-        let is_one = s.gt_i(counts, s.splat_i(slot as i32));
-        // Below every candidate, but not i32::MIN.
-        keys[slot] = s.select_i(is_one, key(s, value), s.splat_i(NAN));
-        ids[slot] = s.to_bits(ids_of[slot]);
+    let (max, sum) = (
+        s.load_slice(&room.max[tile..]),
+        s.load_slice(&room.sum[tile..]),
+    );
+    let (mut keys, mut ids) = sorted_candidates(s, plan, tile, 0, room);
+    if plan.candidates > SLOTS {
+        let (more_keys, more_ids) = sorted_candidates(s, plan, tile, SLOTS, room);
+        merge_keys(s, &mut keys, &mut ids, &more_keys, &more_ids);
     }
-    sort_keys(s, &mut keys, &mut ids);
     let mut weights = [s.splat(0.0); SLOTS];
     match plan.raw {
         Raw::Key => {
@@ -769,8 +836,12 @@ fn finish_tile<S: Simd>(
         finish_weights(s, job.config, &mut weights[..k]);
     }
     let pairs = tile * k..out.tokens * k;
-    let as_floats = ids.map(|id| s.from_bits(id));
-    store_tile(s, k, as_floats, bytemuck::cast_slice_mut(&mut out.ids[pairs.clone()]));
+    let mut as_floats = [s.splat(0.0); SLOTS];
+    for (f, &id) in as_floats.iter_mut().zip(&ids[..k]) {
+        *f = s.from_bits(id);
+    }
+    let out_ids = &mut out.ids[pairs.clone()];
+    store_tile(s, k, as_floats, bytemuck::cast_slice_mut(out_ids));
     store_tile(s, k, weights, &mut out.weights[pairs]);
     if !plan.finish {
         for i in tile..out.tokens.min(tile + S::LANES) {

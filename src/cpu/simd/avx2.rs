@@ -229,6 +229,21 @@ impl Simd for Avx2 {
             _mm256_permutevar8x32_epi32(a, order)
         }
     }
+    // Loads only: stores under a mask are slow on older AMD cores.
+    #[inline(always)]
+    fn load_partial(self, s: &[f32], fill: f32) -> Self::F {
+        const FIRST: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+        if s.is_empty() {
+            // A load from nowhere does not fault, but the processor needs hundreds of cycles to see that.
+            return self.splat(fill);
+        }
+        let mask = self.load_slice_i(&FIRST[8 - s.len().min(8)..]);
+        // SAFETY: the token; lanes beyond the slice are masked, and masked lanes are not read.
+        unsafe {
+            let x = _mm256_maskload_ps(s.as_ptr(), mask);
+            _mm256_blendv_ps(_mm256_set1_ps(fill), x, _mm256_castsi256_ps(mask))
+        }
+    }
 }
 
 /// For each of the 256 masks, the lanes that are set, in their order, then zeros. 2 KiB: it stays in the cache while it is in use.

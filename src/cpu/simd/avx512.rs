@@ -232,4 +232,23 @@ impl Simd for Avx512 {
         // SAFETY: the token.
         unsafe { _mm512_maskz_compress_epi32(m, a) }
     }
+    #[inline(always)]
+    fn load_partial(self, s: &[f32], fill: f32) -> Self::F {
+        let n = s.len().min(16) as u32;
+        if n == 0 {
+            // A load from nowhere does not fault, but the processor needs hundreds of cycles to see that.
+            return self.splat(fill);
+        }
+        // SAFETY: the token; lanes beyond the slice are masked, and masked lanes are not read.
+        unsafe { _mm512_mask_loadu_ps(_mm512_set1_ps(fill), ((1u32 << n) - 1) as u16, s.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store_partial(self, s: &mut [f32], v: Self::F) {
+        let n = s.len().min(16) as u32;
+        if n == 0 {
+            return;
+        }
+        // SAFETY: the token; lanes beyond the slice are masked, and masked lanes are not written.
+        unsafe { _mm512_mask_storeu_ps(s.as_mut_ptr(), ((1u32 << n) - 1) as u16, v) }
+    }
 }

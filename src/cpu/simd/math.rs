@@ -357,6 +357,12 @@ impl<S: Simd> Lanes32<S> {
         }
     }
 
+    /// s[l] = s[l] + x[l] for the lanes of vector `v` of a block.
+    #[inline(always)]
+    pub(crate) fn add_vector(&mut self, s: S, v: usize, x: S::F) {
+        self.vectors[v] = s.add(self.vectors[v], x);
+    }
+
     /// s[l] = a[l]·b[l] + s[l], rounded once.
     #[inline(always)]
     pub(crate) fn add_product(
