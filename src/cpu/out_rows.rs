@@ -1,6 +1,7 @@
 //! An output matrix of any format that several threads write, each its own part.
 #![allow(unsafe_code)] // the shim for disjoint parallel writes
 
+use super::simd::Simd;
 use crate::matrix::AnyMatMut;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -61,4 +62,72 @@ impl OutRows {
             }
         }
     }
+
+    /// Whether rows may be written with [`Simd::stream`]: f32, each row aligned to a vector of `lanes`.
+    pub(crate) fn can_stream(self, lanes: usize) -> bool {
+        match self {
+            Self::F32(p, stride) => {
+                p.addr().is_multiple_of(lanes * size_of::<f32>()) && stride.is_multiple_of(lanes)
+            }
+            Self::F16(..) | Self::BF16(..) => false,
+        }
+    }
+
+    /// [`OutRows::write`] of whole vectors; past the caches if `stream`.
+    ///
+    /// # Safety
+    /// As there; `stream` only where [`OutRows::can_stream`] and `col` is a multiple of the lanes.
+    #[inline(always)]
+    pub(crate) unsafe fn write_vectors<S: Simd>(
+        self,
+        s: S,
+        row: usize,
+        col: usize,
+        values: &[S::F],
+        stream: bool,
+    ) {
+        match self {
+            Self::F32(p, stride) => {
+                for (i, &v) in values.iter().enumerate() {
+                    // SAFETY: the caller's contract.
+                    unsafe {
+                        let p = p.add(row * stride + col + i * S::LANES);
+                        if stream {
+                            s.stream(p, v);
+                        } else {
+                            s.store(p, v);
+                        }
+                    }
+                }
+            }
+            Self::BF16(p, stride) => {
+                for (i, &v) in values.iter().enumerate() {
+                    let bits = round_to_bf16(s, v);
+                    // SAFETY: the caller's contract; a bf16 is a u16.
+                    unsafe {
+                        let p = p.add(row * stride + col + i * S::LANES);
+                        s.store_low_halves(p.cast(), bits);
+                    }
+                }
+            }
+            Self::F16(..) => {
+                let mut lanes = [0.0; super::simd::MAX_LANES];
+                for (i, &v) in values.iter().enumerate() {
+                    s.store_slice(&mut lanes, v);
+                    // SAFETY: the caller's contract.
+                    unsafe { self.write(row, col + i * S::LANES, &lanes[..S::LANES]) };
+                }
+            }
+        }
+    }
+}
+
+/// The bits of the nearest bf16, ties to even, in the low half of each lane. NaN stays NaN: it is made quiet, so that no carry reaches its exponent.
+#[inline(always)]
+fn round_to_bf16<S: Simd>(s: S, v: S::F) -> S::I {
+    let bits = s.to_bits(v);
+    let odd = s.and_i(s.shr::<16>(bits), s.splat_i(1));
+    let rounded = s.add_i(s.add_i(bits, s.splat_i(0x7fff)), odd);
+    let quiet = s.or_i(bits, s.splat_i(0x0040_0000));
+    s.shr::<16>(s.select_i(s.eq(v, v), rounded, quiet))
 }

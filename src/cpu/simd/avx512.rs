@@ -251,4 +251,19 @@ impl Simd for Avx512 {
         // SAFETY: the token; lanes beyond the slice are masked, and masked lanes are not written.
         unsafe { _mm512_mask_storeu_ps(s.as_mut_ptr(), ((1u32 << n) - 1) as u16, v) }
     }
+    #[inline(always)]
+    unsafe fn stream(self, p: *mut f32, v: Self::F) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm512_stream_ps(p, v) }
+    }
+    #[inline(always)]
+    fn fence(self) {
+        // SAFETY: every x86-64 CPU has it.
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
+    unsafe fn store_low_halves(self, p: *mut u16, v: Self::I) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(v)) }
+    }
 }

@@ -230,6 +230,32 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         }
         (self.load_slice(&z), self.load_slice(&z[Self::LANES..]))
     }
+    /// [`Simd::store`] past the caches, where the instruction set can: for lines that are written whole and not read soon. Not ordered with other stores
+    /// until [`Simd::fence`].
+    ///
+    /// # Safety
+    /// `p` is valid for writing `LANES` floats and aligned to as many.
+    #[inline(always)]
+    unsafe fn stream(self, p: *mut f32, v: Self::F) {
+        // SAFETY: the caller's contract.
+        unsafe { self.store(p, v) }
+    }
+    /// Orders what [`Simd::stream`] wrote before all later stores.
+    #[inline(always)]
+    fn fence(self) {}
+    /// The low 16 bits of each lane to memory, any alignment.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `LANES` of them.
+    #[inline(always)]
+    unsafe fn store_low_halves(self, p: *mut u16, v: Self::I) {
+        let mut lanes = [0; MAX_LANES];
+        self.store_slice_i(&mut lanes, v);
+        for (l, &x) in lanes[..Self::LANES].iter().enumerate() {
+            // SAFETY: the caller's contract.
+            unsafe { *p.add(l) = x as u16 };
+        }
+    }
     /// The lanes where `m`, in their order, at the front; what follows them is unspecified.
     #[inline(always)]
     fn compress(self, m: Self::M, a: Self::I) -> Self::I {

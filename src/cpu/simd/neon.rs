@@ -226,4 +226,9 @@ impl Simd for Neon {
         // SAFETY: the token.
         unsafe { (vzip1q_f32(a, b), vzip2q_f32(a, b)) }
     }
+    #[inline(always)]
+    unsafe fn store_low_halves(self, p: *mut u16, v: Self::I) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { vst1_u16(p, vmovn_u32(vreinterpretq_u32_s32(v))) }
+    }
 }
