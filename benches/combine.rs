@@ -6,18 +6,18 @@
 
 #![allow(missing_docs)] // criterion's macros make public functions
 
-#[path = "support/mod.rs"]
-mod support;
+#[path = "support/micro.rs"]
+mod micro;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
+use micro::{distinct_ids, medians, normals, quick};
 use moe_kernels::combine::{Combine, Routed, combine_into};
 use moe_kernels::cpu::roofline::read_bandwidth;
 use moe_kernels::permute::Permutation;
 use moe_kernels::{AnyMatMut, Cpu, DType, MatMut, MatRef};
 use std::hint::black_box;
 use std::time::Duration;
-use support::{distinct_ids, medians, normals, quick};
 
 struct Problem {
     name: &'static str,

@@ -111,7 +111,7 @@ def route(m, d, x):
     if meth in ('capacity_top1', 'capacity_top2'):
         cap = m['capacity']; C = cap['per_expert']; scope = cap.get('scope_tokens') or T
         ids = np.full((T, k), -1); w = np.zeros((T, k), DT)
-        for a in range(0, T, scope):
+        for a in range(0, T, scope or 1):
             rows = np.arange(a, min(a + scope, T))
             p = s[rows]
             e1 = p.argmax(-1)
@@ -145,7 +145,7 @@ def route(m, d, x):
         v = sr if sel['on'] == 'score' else zr
         if sel['correction_bias']: v = v + f('correction_bias')
         if sel['group_score'] != 'none':
-            G = sel['n_group']; vg = v.reshape(T, G, -1)
+            G = sel['n_group']; vg = v.reshape(T, G, v.shape[1] // G)
             gs = vg.max(-1) if sel['group_score'] == 'max' else np.sort(vg, -1)[..., -2:].sum(-1)
             keep = np.zeros((T, G), bool)
             np.put_along_axis(keep, topk(gs, sel['topk_group']), True, -1)
@@ -266,7 +266,7 @@ def margin(m, d):
         return g
     if meth.startswith('capacity'):
         g = gap(z, k)
-        if m['capacity'].get('batch_prioritized'): g = min(g, float(np.diff(np.sort(softmax(z).max(-1))).min()))
+        if m['capacity'].get('batch_prioritized'): g = min(g, float(np.diff(np.sort(softmax(z).max(-1))).min(initial=math.inf)))
         return g
     n = m['shared']['n'] if m['weights']['from'] == 'joint_with_shared' else 0
     v = z[:, :-n] if n else z

@@ -2,7 +2,7 @@
 
 use core::fmt;
 use half::{bf16, f16};
-use num_traits::{AsPrimitive, FromPrimitive};
+use num_traits::AsPrimitive;
 
 /// A number format, as a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,22 +55,13 @@ mod sealed {
 ///
 /// Widening to f32 is exact; narrowing rounds to nearest, ties to even.
 pub trait Element:
-    sealed::Sealed
-    + bytemuck::Pod
-    + AsPrimitive<f32>
-    + FromPrimitive
-    + PartialEq
-    + fmt::Debug
-    + Default
-    + Send
-    + Sync
-    + 'static
+    sealed::Sealed + bytemuck::Pod + AsPrimitive<f32> + PartialEq + fmt::Debug + Default + Send + Sync
 {
     /// The format as a value.
     const DTYPE: DType;
 
-    /// Rounds to nearest, ties to even.
-    fn from_f32(x: f32) -> Self;
+    /// Rounds to nearest, ties to even; beyond the largest finite number, to infinity.
+    fn from_f32_nearest(x: f32) -> Self;
 
     /// Exact.
     #[inline]
@@ -83,7 +74,7 @@ impl Element for f32 {
     const DTYPE: DType = DType::F32;
 
     #[inline]
-    fn from_f32(x: f32) -> Self {
+    fn from_f32_nearest(x: f32) -> Self {
         x
     }
 }
@@ -92,7 +83,7 @@ impl Element for f16 {
     const DTYPE: DType = DType::F16;
 
     #[inline]
-    fn from_f32(x: f32) -> Self {
+    fn from_f32_nearest(x: f32) -> Self {
         f16::from_f32(x)
     }
 }
@@ -101,7 +92,7 @@ impl Element for bf16 {
     const DTYPE: DType = DType::BF16;
 
     #[inline]
-    fn from_f32(x: f32) -> Self {
+    fn from_f32_nearest(x: f32) -> Self {
         bf16::from_f32(x)
     }
 }

@@ -537,13 +537,10 @@ pub fn grouped_gemm_into(
             found: scratch.len(),
         });
     }
-    let source = RowSource {
-        x,
-        gather: gather.map(|g| (g.pair_of_row, g.slots)),
-        scale: gather.and_then(|g| g.input_scale),
-        flush: weights.dtype() == DType::BF16,
-    };
-    kernel::run(cpu, &source, weights, groups, activation, out, scratch);
+    let mut source = RowSource::new(x);
+    source.gather = gather.map(|g| (g.pair_of_row, g.slots));
+    source.scale = gather.and_then(|g| g.input_scale);
+    kernel::run(cpu, source, weights, groups, activation, out, scratch);
     Ok(())
 }
 

@@ -104,7 +104,8 @@ pub mod norm;
 pub mod permute;
 pub mod reference;
 pub mod routing;
-pub mod shape;
+mod shape;
+mod spec;
 #[cfg(feature = "proptest")]
 pub mod strategies;
 mod workspace;
@@ -114,4 +115,3 @@ pub use cpu::isa::Isa;
 pub use element::{DType, Element};
 pub use error::{Error, Result};
 pub use matrix::{AnyMatMut, AnyMatRef, MatMut, MatRef};
-pub use shape::MoeShape;

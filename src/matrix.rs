@@ -52,12 +52,14 @@ impl<'a, T: Element> MatRef<'a, T> {
                 found: data.len(),
             });
         }
+        // Without elements there is nothing to stride over, and no bound to keep the product of index and stride small.
+        let stride = |stride| if needed == 0 { 0 } else { stride };
         Ok(Self {
             data,
             rows,
             cols,
-            row_stride,
-            col_stride,
+            row_stride: stride(row_stride),
+            col_stride: stride(col_stride),
         })
     }
 
@@ -108,20 +110,15 @@ impl<'a, T: Element> MatRef<'a, T> {
                 "a row outside",
             ));
         }
-        let offset = if count == 0 {
-            0
-        } else {
-            start * self.row_stride
-        };
-        let data = if self.cols == 0 {
-            self.data
-        } else {
-            &self.data[offset..]
+        let (offset, row_stride) = match count {
+            0 => (0, 0),
+            1 => (start * self.row_stride, self.row_stride),
+            _ => (start * self.row_stride, self.row_stride * step),
         };
         Ok(Self {
-            data,
+            data: &self.data[offset..],
             rows: count,
-            row_stride: self.row_stride * step,
+            row_stride,
             ..self
         })
     }
@@ -135,7 +132,12 @@ impl<'a, T: Element> MatRef<'a, T> {
         })
     }
 
-    /// Copies columns `start .. start + out.len()` of row `i`, widened to f32. bf16 subnormals become zeros if `flush`.
+    /// First element, row stride and column stride: what a kernel reads by.
+    pub(crate) fn as_raw(&self) -> (*const u8, usize, usize) {
+        (self.data.as_ptr().cast(), self.row_stride, self.col_stride)
+    }
+
+    /// Copies columns `start .. start + out.len()` of row `i`, widened to f32.
     #[inline]
     pub(crate) fn widen_row(&self, i: usize, start: usize, out: &mut [f32]) {
         if let Some(row) = self.row_slice(i) {
@@ -229,7 +231,7 @@ impl<'a, T: Element> MatMut<'a, T> {
             data,
             rows,
             cols,
-            row_stride,
+            row_stride: if needed == 0 { 0 } else { row_stride },
         })
     }
 
@@ -346,6 +348,11 @@ impl<'a> AnyMatRef<'a> {
     #[inline]
     pub(crate) fn widen_row(&self, i: usize, start: usize, out: &mut [f32]) {
         with_matrix!(self, m => m.widen_row(i, start, out))
+    }
+
+    /// See [`MatRef::as_raw`].
+    pub(crate) fn as_raw(&self) -> (*const u8, usize, usize) {
+        with_matrix!(self, m => m.as_raw())
     }
 
     /// [`Error::Shape`] unless the matrix is `rows × cols`.

@@ -15,6 +15,8 @@
 //! | `grouped_gemm.rs` | [`grouped_gemm`], activations, [`combine`] |
 //! | `moe.rs` | the layer: [`moe_layer`] |
 //!
+//! [`RouterSpec::from`] and [`MlpSpec::from`] say here what a configuration of the crate says there.
+//!
 //! It is a test oracle: lengths that do not fit are bugs of the caller, and every function here
 //! **panics** on them, with a message. The rest of the crate returns errors instead.
 //!

@@ -460,6 +460,38 @@ fn values_that_nobody_knows_are_not_expressible() {
     }
 }
 
+/// Matrices of one MLP in different formats are packed in one that holds all of them.
+#[test]
+fn mixed_formats_lose_nothing() {
+    let (mut meta, mut tensors) = sound();
+    meta["experts"]["latent"] = json!(true);
+    tensors.insert("latent_in_w", floats(&[4, 4]));
+    tensors.insert("latent_out_w", floats(&[4, 4]));
+    let y = |tensors: &BTreeMap<_, _>| {
+        let case = read(&file(&meta, tensors)).unwrap();
+        let outputs = run(&Machine::new(None, None).unwrap(), &case).unwrap();
+        outputs.into_iter().find(|o| o.name == "y").unwrap()
+    };
+    // A third does not fit bf16, the quarters of `floats` do.
+    let third = |shape: &[usize]| {
+        let n = shape.iter().product();
+        Raw(
+            Dtype::F32,
+            shape.to_vec(),
+            (1.0f32 / 3.0).to_le_bytes().repeat(n),
+        )
+    };
+    tensors.insert("w_down", third(&[4, 4, 2]));
+    tensors.insert("latent_out_w", third(&[4, 4]));
+    let all_f32 = y(&tensors);
+    for name in ["w_up", "latent_in_w"] {
+        let Raw(_, shape, bytes) = tensors[name].clone();
+        let upper = bytes.chunks(4).flat_map(|b| [b[2], b[3]]).collect();
+        tensors.insert(name, Raw(Dtype::BF16, shape, upper));
+    }
+    assert_eq!(y(&tensors), all_f32);
+}
+
 /// Python writes NaN and infinities bare.
 #[test]
 fn python_json_is_read() {
@@ -531,6 +563,8 @@ fn the_program_counts_and_fails_when_it_should() {
         "{lines}"
     );
     assert_eq!(program(Some("a.")).unwrap().0.status(), 0);
+    // By id too: that of b.safetensors.
+    assert_eq!(program(Some("second")).unwrap().0.not_expressible, 1);
 
     // A wrong answer is seen.
     let mut more = tensors.clone();

@@ -7,7 +7,7 @@ use clap::Parser;
 use half::{bf16, f16};
 use layer::shapes::Join;
 use layer::{Options, Report};
-use moe_kernels::routing::{Renorm, Score, Selection, WeightSource};
+use moe_kernels::routing::{Renorm, RouterConfig, Score, Selection, WeightSource};
 use safetensors::Dtype;
 use safetensors::tensor::{TensorView, serialize_to_file};
 use std::collections::BTreeMap;
@@ -297,6 +297,37 @@ fn deepseek_naming() {
         ),
         (Score::Softmax, 16.0)
     );
+    // Groups that are given are used, config or not.
+    let report = runs(
+        "deepseek-v2-options",
+        &v2,
+        "--top-k 2 --n-group 3 --topk-group 2 --scale 16",
+        None,
+    );
+    let grouped = RouterConfig::deepseek_v2_grouped(E, 2, 3, 2, 16.0);
+    assert_eq!(report.architecture.router, grouped);
+}
+
+/// An option that would be ignored is refused.
+#[test]
+fn options_that_mean_nothing() {
+    for (name, option) in [
+        ("--n-group", "--n-group 2"),
+        ("--topk-group", "--topk-group 2"),
+        ("--scale", "--scale 2"),
+        ("--norm-topk", "--norm-topk true"),
+    ] {
+        let words = format!("{name}: the router of Mixtral has no such setting");
+        let more = format!("--top-k 2 {option}");
+        model_refused("ignored", &mixtral(Dtype::F32), &more, &words);
+        let alone = ["layer"].into_iter().chain(option.split(' '));
+        let why = Options::try_parse_from(alone)
+            .expect_err(option)
+            .to_string();
+        assert!(why.contains("--weights"), "{why}");
+    }
+    assert!(Options::try_parse_from(["layer", "--layer", "3"]).is_err());
+    assert!(Options::try_parse_from(["layer", "--layer", "3", "--weights", "x"]).is_ok());
 }
 
 #[test]

@@ -199,34 +199,6 @@ fn activations() -> Vec<Activation> {
     all
 }
 
-fn oracle(a: &Activation) -> reference::MlpSpec {
-    use reference::{Activation as A, Clamp as C};
-    reference::MlpSpec {
-        gated: a.gated,
-        act: match a.function {
-            ActivationFunction::Silu => A::Silu,
-            ActivationFunction::Gelu => A::Gelu,
-            ActivationFunction::GeluTanh => A::GeluTanh,
-            ActivationFunction::Relu => A::Relu,
-            ActivationFunction::Relu2 => A::Relu2,
-            _ => A::Identity,
-        },
-        clamp: match a.clamp {
-            Clamp::Pre { limit } => C::Pre(limit.into()),
-            Clamp::Post { limit } => C::Post(limit.into()),
-            Clamp::GptOss { limit, alpha } => C::Oai {
-                limit: limit.into(),
-                alpha: alpha.into(),
-            },
-            Clamp::Softcap { gate, up } => C::Softcap {
-                gate: gate.into(),
-                up: up.into(),
-            },
-            _ => C::None,
-        },
-    }
-}
-
 /// `act(z)` for one row of pre-activations, fed through K = 1 products with weights z and input 1.
 fn activate(cpu: &Cpu, activation: Activation, gate: &[f32], up: &[f32]) -> Vec<f32> {
     let n = up.len();
@@ -269,7 +241,7 @@ fn activations_match_the_oracle_and_each_other() {
         .collect();
     let up: Vec<f32> = rng.normals(gate.len());
     for activation in activations() {
-        let spec = oracle(&activation);
+        let spec = reference::MlpSpec::from(activation);
         let inputs = if activation.gated { &up } else { &gate };
         let mut first: Option<Vec<f32>> = None;
         for cpu in cpus() {

@@ -380,5 +380,5 @@ fn copies_refuse_what_does_not_fit() {
 }
 
 fn narrow<T: Element>(x: f32) -> T {
-    <T as Element>::from_f32(x)
+    T::from_f32_nearest(x)
 }

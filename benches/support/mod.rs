@@ -1,68 +1,92 @@
-//! What the small benches share: seeded data and interleaved medians.
-#![allow(dead_code)] // each bench uses its own part
+//! What the benches, the roofline example and the crate in `benches/rivals` share: the layer of `examples/support/layer` with its router's logits given.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `dense.rs` | dense products of other crates |
+//! | `host.rs` | the machine in words |
+//! | `shapes.rs` | the four layers that are measured, by name |
+//! | `load.rs` | logits that load the experts evenly or by Zipf's law |
+//! | `subject.rs` | our layer with its buffers, and one call's input |
+//! | `roof.rs` | what a call must do, and the time that the machine needs for it at least |
+#![allow(dead_code)] // each of them uses its own part
 
-use std::time::{Duration, Instant};
+pub mod dense;
+pub mod host;
+#[path = "../../examples/support/layer/mod.rs"]
+pub mod layer;
+pub mod load;
+pub mod roof;
+pub mod shapes;
+pub mod subject;
 
-/// `cargo test --benches` wants to know whether it runs, not how fast.
-pub fn quick() -> bool {
+use layer::measure::{Ceilings, median};
+use layer::{Result, fail};
+use moe_kernels::DType;
+use roof::Work;
+use std::io::{IsTerminal, Write, sink, stderr};
+
+/// Runs `work` on a pool of `threads` threads.
+///
+/// # Errors
+/// Those of `work`; a pool that cannot be built.
+pub fn on_threads<T: Send>(threads: usize, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    match rayon::ThreadPoolBuilder::new().num_threads(threads).build() {
+        Ok(pool) => pool.install(work),
+        Err(why) => fail(format!("{threads} threads: {why}")),
+    }
+}
+
+/// An error if `bytes` more would not fit the memory that is left.
+///
+/// # Errors
+/// With both numbers.
+pub fn check_memory(what: &str, bytes: usize) -> Result<()> {
+    match layer::machine::available_memory() {
+        Some(available) if bytes as u64 > available / 20 * 19 => fail(format!(
+            "{what} needs {:.1} GiB of memory, {:.1} GiB are available",
+            bytes as f64 / f64::from(1 << 30),
+            available as f64 / f64::from(1 << 30)
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Whether the command line of a benchmark asks for this one: criterion's own rule, so that nothing is made for one that will not run.
+pub fn wanted(id: &str) -> bool {
+    let mut filters = std::env::args()
+        .skip(1)
+        .filter(|arg| !arg.starts_with('-') && arg.contains(char::is_alphabetic))
+        .peekable();
+    filters.peek().is_none() || filters.any(|filter| id.contains(&filter))
+}
+
+/// Whether `cargo test` runs a benchmark: to see that it works, not how fast.
+pub fn only_testing() -> bool {
     std::env::args().any(|arg| arg == "--test")
 }
 
-/// A small generator (SplitMix64).
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+/// A line below criterion's: the median of our own clock and its share of the roof at the ceilings of the same seconds.
+pub fn say_share(ceilings: &Ceilings, dtype: DType, work: Work, times: Vec<f64>) {
+    if times.is_empty() {
+        return;
     }
-
-    fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u32 << 24) as f32
-    }
+    let roof = work.roof(ceilings, dtype);
+    let seconds = median(times.into_iter());
+    println!(
+        "    median {:.3} ms, {:.1} GFLOP/s, {:.1} GB/s; roof {:.3} ms by {} at {ceilings}: {:.1}%",
+        seconds * 1e3,
+        work.flops / seconds / 1e9,
+        work.bytes / seconds / 1e9,
+        roof.seconds * 1e3,
+        roof.bound.name(),
+        100.0 * roof.seconds / seconds
+    );
 }
 
-/// Roughly normal numbers: the sum of four uniforms, variance 1.
-pub fn normals(seed: u64, n: usize) -> Vec<f32> {
-    let mut rng = Rng(seed);
-    let mut one = || (rng.unit() + rng.unit() + rng.unit() + rng.unit() - 2.0) * 1.732_050_8;
-    (0..n).map(|_| one()).collect()
-}
-
-/// `[tokens, slots]` ids, distinct in a token.
-pub fn distinct_ids(seed: u64, tokens: usize, experts: usize, slots: usize) -> Vec<i32> {
-    let mut rng = Rng(seed);
-    let mut all: Vec<i32> = (0..experts as i32).collect();
-    let mut ids = Vec::new();
-    for _ in 0..tokens {
-        for slot in 0..slots {
-            all.swap(slot, slot + rng.next() as usize % (experts - slot));
-        }
-        ids.extend_from_slice(&all[..slots]);
+/// Where progress is shown: to somebody who watches, not to a file.
+pub fn progress() -> Box<dyn Write> {
+    match stderr().is_terminal() {
+        true => Box::new(stderr()),
+        false => Box::new(sink()),
     }
-    ids
-}
-
-/// Seconds of one call of each, the median of interleaved runs (first, second, …, first, …). Short calls are repeated inside a run.
-pub fn medians(tokens: usize, calls: &mut [&mut dyn FnMut()]) -> Vec<f64> {
-    let repeat = if quick() { 1 } else { (4096 / tokens).max(1) };
-    let mut times = vec![Vec::new(); calls.len()];
-    let end = Instant::now() + Duration::from_millis(if quick() { 1 } else { 600 });
-    while Instant::now() < end || times[0].len() < 5 {
-        for (times, call) in times.iter_mut().zip(calls.iter_mut()) {
-            let start = Instant::now();
-            (0..repeat).for_each(|_| call());
-            times.push(start.elapsed().as_secs_f64() / repeat as f64);
-        }
-    }
-    times
-        .iter_mut()
-        .map(|times| {
-            times.sort_by(f64::total_cmp);
-            times[times.len() / 2]
-        })
-        .collect()
 }

@@ -7,7 +7,8 @@ use super::fields::Fields;
 use super::file::{CaseFile, Result, Tensor, malformed};
 use super::mlp::{Mlp, Shared, read_experts, read_shared};
 use super::router::{Gate, read_gate};
-use super::tensors::Tensors;
+use super::tensors::{Tensors, common_dtype};
+use moe_kernels::DType;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -78,6 +79,13 @@ pub struct Latent {
     pub in_norm: Option<Norm>,
     /// `[H, L]`
     pub out_w: Tensor,
+}
+
+impl Latent {
+    /// The format that holds both matrices.
+    pub fn dtype(&self) -> DType {
+        common_dtype([&self.in_w, &self.out_w])
+    }
 }
 
 /// A norm on an expert's output that scales first, `q / √(mean(q²) + eps)` with `q = w · x`: that of the one family that has any.

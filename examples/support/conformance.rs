@@ -2,7 +2,7 @@
 
 use super::case::{Case, Task};
 use super::check::{Verdict, check};
-use super::file::Refusal;
+use super::file::{CaseFile, Refusal};
 use super::out;
 use super::run::{Machine, run};
 use clap::{Parser, ValueEnum};
@@ -134,17 +134,30 @@ fn list(folder: &Path, only: Option<&str>) -> Result<Vec<PathBuf>, String> {
     for entry in std::fs::read_dir(folder).map_err(say)? {
         let path = entry.map_err(say)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.ends_with(".safetensors") && only.is_none_or(|part| name.contains(part)) {
+        let wanted = || {
+            only.is_none_or(|part| {
+                name.contains(part) || id_of(&path).is_some_and(|id| id.contains(part))
+            })
+        };
+        if name.ends_with(".safetensors") && wanted() {
             files.push(path);
         }
     }
     if files.is_empty() {
-        let which = only.map_or_else(String::new, |part| format!(" with {part:?} in its name"));
+        let which = only.map_or_else(String::new, |part| {
+            format!(" with {part:?} in its name or id")
+        });
         let folder = folder.display();
         return Err(format!("--cases {folder}: no *.safetensors file{which}"));
     }
     files.sort();
     Ok(files)
+}
+
+/// The id that a file says it has, if it can be read at all.
+fn id_of(path: &Path) -> Option<String> {
+    let file = CaseFile::read(path).ok()?;
+    file.meta.get("id")?.as_str().map(str::to_string)
 }
 
 /// One file from reading to writing. A bug in one case must not cost the others, so a panic is caught and reported.
@@ -205,10 +218,7 @@ pub fn tolerance(machine: &Machine, case: &Case) -> f64 {
     };
     let experts = [Some(layer.experts.dtype())];
     let shared = layer.shared.as_ref().map(|s| s.mlp.dtype());
-    let latent = layer
-        .latent
-        .as_ref()
-        .and_then(|l| super::tensors::dtype(&l.in_w));
+    let latent = layer.latent.as_ref().map(|l| l.dtype());
     let rounded = experts
         .into_iter()
         .chain([shared, latent])

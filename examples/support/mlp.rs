@@ -2,7 +2,7 @@
 
 use super::fields::Fields;
 use super::file::{Result, Tensor, Values, malformed};
-use super::tensors::{Tensors, dtype};
+use super::tensors::{Tensors, common_dtype};
 use moe_kernels::experts::ExpertWeights;
 use moe_kernels::grouped_gemm::{Activation, ActivationFunction, Clamp};
 use moe_kernels::{AnyMatRef, DType, MatRef};
@@ -31,9 +31,9 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    /// The format of the weights.
+    /// The format that holds all weights.
     pub fn dtype(&self) -> DType {
-        dtype(&self.up).unwrap_or(DType::F32)
+        common_dtype([&self.up, &self.down].into_iter().chain(&self.gate))
     }
 
     /// One of them, as the crate takes it.

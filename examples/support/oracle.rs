@@ -5,9 +5,7 @@ use super::file::Tensor;
 use super::mlp::{Combine, Mlp};
 use super::out::Output;
 use super::router::{Gate, Logits};
-use moe_kernels::grouped_gemm::{Activation, ActivationFunction, Clamp};
 use moe_kernels::reference as oracle;
-use moe_kernels::routing::*;
 
 fn wide(v: &[f32]) -> Vec<f64> {
     v.iter().map(|&v| v.into()).collect()
@@ -22,8 +20,7 @@ fn elements(t: &Tensor) -> Vec<f64> {
 }
 
 fn router_spec(gate: &Gate) -> oracle::RouterSpec {
-    let c = &gate.config;
-    let mut spec = oracle::RouterSpec::top_k(c.num_experts, c.top_k);
+    let mut spec = oracle::RouterSpec::from(&gate.config);
     if let Logits::Linear {
         input_norm: Some(norm),
         ..
@@ -34,114 +31,13 @@ fn router_spec(gate: &Gate) -> oracle::RouterSpec {
             mul: norm.mul.into(),
         });
     }
-    spec.logit_mul = c.logit_multiplier.into();
-    spec.logit_softcap = c.logit_softcap.into();
-    spec.score = match c.score {
-        Score::Softmax => oracle::Score::Softmax,
-        Score::Sigmoid => oracle::Score::Sigmoid,
-        Score::SqrtSoftplus => oracle::Score::SqrtSoftplus,
-        Score::Identity => oracle::Score::Identity,
-        other => panic!("{other:?}"),
-    };
-    spec.num_null = c.null_experts.count();
-    if let NullExperts::Zero(_) = c.null_experts {
-        spec.null_kind = oracle::NullKind::Zero;
-    } else {
-        spec.null_kind = oracle::NullKind::Identity;
-    }
-    spec.num_joint_shared = c.joint_shared;
     spec.correction_bias = widened(&gate.correction_bias);
     spec.per_expert_scale = widened(&gate.per_expert_scale);
-    spec.weights = match c.weights {
-        WeightSource::Score => oracle::WeightsFrom::Score,
-        WeightSource::SoftmaxSelectedLogits => oracle::WeightsFrom::SoftmaxSelectedLogits,
-        WeightSource::JointWithShared => oracle::WeightsFrom::JointWithShared,
-        other => panic!("{other:?}"),
-    };
-    spec.renorm = match c.renorm {
-        Renorm::None => oracle::Renorm::None,
-        Renorm::Sum => oracle::Renorm::Sum,
-        Renorm::SumPlusEps(eps) => oracle::Renorm::SumPlusEps(eps.into()),
-        Renorm::SumClampMin(eps) => oracle::Renorm::SumClampMin(eps.into()),
-        Renorm::PNorm(p) => oracle::Renorm::PNorm(p.into()),
-        other => panic!("{other:?}"),
-    };
-    spec.scale = c.scale.into();
-    spec.capacity = c.capacity.map(|c| oracle::Capacity {
-        per_expert: c.per_expert,
-        scope_tokens: c.scope_tokens,
-        batch_prioritized: c.batch_prioritized,
-        normalize_before_drop: c.normalize_before_drop,
-    });
-    spec.method = match c.selection {
-        Selection::TopK { rank_by, groups } => {
-            spec.select_on = match rank_by {
-                RankBy::Logit => oracle::SelectOn::Logit,
-                _ => oracle::SelectOn::Score,
-            };
-            spec.groups = groups.map(|g| oracle::Groups {
-                n_group: g.n_group,
-                topk_group: g.topk_group,
-                score: match g.score {
-                    GroupScore::Max => oracle::GroupScore::Max,
-                    _ => oracle::GroupScore::Top2Sum,
-                },
-                fill: match g.fill {
-                    MaskedFill::Zero => oracle::Fill::Zero,
-                    _ => oracle::Fill::NegInf,
-                },
-            });
-            oracle::Method::TopK
-        }
-        Selection::Given => oracle::Method::Given {
-            ids: gate.given_ids.clone().unwrap_or_default(),
-            weights: widened(&gate.given_weights),
-        },
-        Selection::SparseMixer { jitter_eps } => oracle::Method::Sparsemixer {
-            jitter_eps: jitter_eps.into(),
-        },
-        Selection::ProductKeys { stacked } => {
-            spec.select_on = oracle::SelectOn::Logit;
-            oracle::Method::ProductKey {
-                layout: if stacked {
-                    oracle::KeyLayout::BatchHalves
-                } else {
-                    oracle::KeyLayout::PerToken
-                },
-            }
-        }
-        other => panic!("{other:?}"),
-    };
-    spec
-}
-
-fn mlp_spec(activation: Activation) -> oracle::MlpSpec {
-    use ActivationFunction as F;
-    oracle::MlpSpec {
-        gated: activation.gated,
-        act: match activation.function {
-            F::Silu => oracle::Activation::Silu,
-            F::Gelu => oracle::Activation::Gelu,
-            F::GeluTanh => oracle::Activation::GeluTanh,
-            F::Relu => oracle::Activation::Relu,
-            F::Relu2 => oracle::Activation::Relu2,
-            other => panic!("{other:?}"),
-        },
-        clamp: match activation.clamp {
-            Clamp::None => oracle::Clamp::None,
-            Clamp::Pre { limit } => oracle::Clamp::Pre(limit.into()),
-            Clamp::Post { limit } => oracle::Clamp::Post(limit.into()),
-            Clamp::GptOss { limit, alpha } => oracle::Clamp::Oai {
-                limit: limit.into(),
-                alpha: alpha.into(),
-            },
-            Clamp::Softcap { gate, up } => oracle::Clamp::Softcap {
-                gate: gate.into(),
-                up: up.into(),
-            },
-            other => panic!("{other:?}"),
-        },
+    if let oracle::Method::Given { ids, weights } = &mut spec.method {
+        *ids = gate.given_ids.clone().unwrap_or_default();
+        *weights = widened(&gate.given_weights);
     }
+    spec
 }
 
 /// The tensors of an MLP in f64, to be borrowed from: gate, up, down and their biases.
@@ -172,7 +68,7 @@ fn mlp_weights([gate, up, down, b_gate, b_up, b_down]: &[Vec<f64>; 6]) -> oracle
 
 pub fn layer(layer: &Layer) -> oracle::LayerResult {
     let mut spec = oracle::LayerSpec::new(layer.hidden, router_spec(&layer.gate));
-    spec.experts = mlp_spec(layer.experts.activation);
+    spec.experts = layer.experts.activation.into();
     spec.weight_on_input = layer.weight_on_input;
     spec.latent = layer.latent.as_ref().map(|latent| oracle::LatentSpec {
         width: latent.width,
@@ -182,7 +78,7 @@ pub fn layer(layer: &Layer) -> oracle::LayerResult {
     spec.post_norm = post.map(|p| oracle::PostNorm::ScaleFirst(p.0.eps.into()));
     spec.routed_out_scale = layer.routed_out_scale.into();
     spec.shared = layer.shared.as_ref().map(|shared| oracle::SharedSpec {
-        mlp: mlp_spec(shared.mlp.activation),
+        mlp: shared.mlp.activation.into(),
         combine: match shared.combine {
             Combine::Add => oracle::SharedCombine::Add,
             Combine::SigmoidGate => oracle::SharedCombine::SigmoidGate,

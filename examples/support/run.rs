@@ -4,7 +4,6 @@ use super::case::{Case, Latent, Layer, Loss, LossKind, Norm, Task};
 use super::mlp::{Combine, Mlp, Shared, matrix};
 use super::out::Output;
 use super::router::{Gate, Logits};
-use super::tensors::dtype;
 use moe_kernels::experts::PackedExperts;
 use moe_kernels::losses::{LossScratch, load_balancing, router_z, switch_load_balancing};
 use moe_kernels::moe::{
@@ -127,7 +126,7 @@ pub fn build(machine: &Machine, case: &Layer) -> Result<MoeLayer> {
         layer = layer.with_gate(gate)?;
     }
     if case.weight_on_input {
-        layer = layer.with_weight_on_input()?;
+        layer = layer.with_weight_on_input();
     }
     if let Some(post) = &case.post_norm {
         layer = layer.with_post_norm(PostNorm::ScaleFirst(rms_norm(&post.0)?))?;
@@ -208,7 +207,7 @@ fn build_shared(machine: &Machine, shared: &Shared) -> Result<SharedExperts> {
 }
 
 fn build_latent(machine: &Machine, latent: &Latent, hidden: usize) -> Result<moe::Latent> {
-    let kept = machine.dtype.or(dtype(&latent.in_w)).unwrap_or(DType::F32);
+    let kept = machine.dtype.unwrap_or(latent.dtype());
     let w_in = matrix(&latent.in_w, 0, latent.width, hidden)?;
     let w_out = matrix(&latent.out_w, 0, hidden, latent.width)?;
     let built = moe::Latent::new(&machine.cpu, w_in, w_out, kept)?;

@@ -142,3 +142,14 @@ pub fn dtype(tensor: &Tensor) -> Option<DType> {
         _ => None,
     }
 }
+
+/// The format that holds each of these tensors: theirs if they share one, else f32.
+pub fn common_dtype<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> DType {
+    let mut all = tensors.into_iter().map(|t| dtype(t).unwrap_or(DType::F32));
+    let first = all.next().unwrap_or(DType::F32);
+    if all.all(|other| other == first) {
+        first
+    } else {
+        DType::F32
+    }
+}

@@ -89,7 +89,7 @@ impl Op for CombineTokens<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let stream = self.large && self.out.can_stream(S::LANES);
+        let stream = self.large && self.out.can_stream();
         for t in self.tokens.clone() {
             let rows = self.rows(t);
             let rows = rows.as_ref();
@@ -112,7 +112,7 @@ impl Op for CombineTokens<'_> {
             }
         }
         if stream {
-            s.fence();
+            s.fence_streams();
         }
     }
 }

@@ -57,6 +57,12 @@ impl Isa {
         }
     }
 
+    /// Whether this CPU has a dot product of bf16 pairs beside this ISA (x86's `vdpbf16ps`) that computes two chained fused multiply-adds, the odd
+    /// element first. It does so by Intel's manual and on Zen 4 and 5; a test at the first call makes sure of it.
+    pub fn has_bf16_dot(self) -> bool {
+        super::simd::bf16_dot::usable(self)
+    }
+
     /// The ISAs that can run here, the fastest last.
     pub fn available() -> Vec<Self> {
         Self::ALL

@@ -1,5 +1,6 @@
 //! The CPU backend: one [`Cpu`] value says which instruction set runs and on how many threads.
 
+pub(crate) mod caches;
 pub(crate) mod combine;
 pub(crate) mod grouped_gemm;
 pub mod isa;
@@ -32,6 +33,7 @@ use isa::Isa;
 pub struct Cpu {
     isa: Isa,
     single_threaded: bool,
+    native_bf16: bool,
 }
 
 impl Default for Cpu {
@@ -43,9 +45,15 @@ impl Default for Cpu {
 impl Cpu {
     /// The best ISA of this CPU, on the caller's current rayon pool.
     pub fn new() -> Self {
+        Self::of(Isa::best())
+    }
+
+    /// `isa` is available.
+    fn of(isa: Isa) -> Self {
         Self {
-            isa: Isa::best(),
+            isa,
             single_threaded: false,
+            native_bf16: isa.has_bf16_dot(),
         }
     }
 
@@ -60,10 +68,7 @@ impl Cpu {
                 available: Isa::available(),
             });
         }
-        Ok(Self {
-            isa,
-            single_threaded: false,
-        })
+        Ok(Self::of(isa))
     }
 
     /// The ISA named by the environment variable `MOE_KERNELS_ISA`, or the best one when it is unset or empty.
@@ -75,6 +80,20 @@ impl Cpu {
             Ok(name) if !name.is_empty() => Self::with_isa(name.parse()?),
             _ => Ok(Self::new()),
         }
+    }
+
+    /// The same choice, but products of bf16 with bf16 widen both to f32 instead of using the CPU's bf16 instructions. Slower and of the same
+    /// bits: for tests and comparisons. See [`Isa::has_bf16_dot`].
+    pub fn without_native_bf16(self) -> Self {
+        Self {
+            native_bf16: false,
+            ..self
+        }
+    }
+
+    /// Whether products of bf16 weights with bf16 rows use native bf16 instructions: where the CPU has them, and they are what they should be.
+    pub fn native_bf16(&self) -> bool {
+        self.native_bf16
     }
 
     /// The same choice, but every call runs on the calling thread alone.

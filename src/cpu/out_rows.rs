@@ -1,7 +1,8 @@
 //! An output matrix of any format that several threads write, each its own part.
 #![allow(unsafe_code)] // the shim for disjoint parallel writes
 
-use super::simd::Simd;
+use crate::cpu::simd::Simd;
+use crate::element::DType;
 use crate::matrix::AnyMatMut;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -37,6 +38,76 @@ impl OutRows {
         }
     }
 
+    /// First element, format and row stride, to read by what was written.
+    pub(crate) fn as_raw(self) -> (*const u8, DType, usize) {
+        match self {
+            Self::F32(p, stride) => (p.cast_const().cast(), DType::F32, stride),
+            Self::F16(p, stride) => (p.cast_const().cast(), DType::F16, stride),
+            Self::BF16(p, stride) => (p.cast_const().cast(), DType::BF16, stride),
+        }
+    }
+
+    /// Whether rows are f32 and begin at cache lines.
+    pub(crate) fn can_stream(self) -> bool {
+        matches!(self, Self::F32(p, stride) if p.addr().is_multiple_of(64) && (stride * 4).is_multiple_of(64))
+    }
+
+    /// Writes a block of rows, 2 × LANES floats each of which the first `n` count, at column `col` from row `first` on; rounded to nearest, ties to even.
+    ///
+    /// With `stream` they go past the caches, which saves reading the lines first: for outputs that no cache holds until they are read.
+    ///
+    /// # Safety
+    /// As [`OutRows::write`] for these columns of these rows. `stream` only where [`OutRows::can_stream`], at a `col` that is a multiple of LANES,
+    /// and with [`Simd::fence_streams`] before another thread is told.
+    #[inline(always)]
+    pub(crate) unsafe fn write_block<S: Simd>(
+        self,
+        s: S,
+        first: usize,
+        col: usize,
+        n: usize,
+        block: &[f32],
+        stream: bool,
+    ) {
+        let rows = block.chunks_exact(2 * S::LANES).enumerate();
+        if !n.is_multiple_of(S::LANES) {
+            for (i, row) in rows {
+                // SAFETY: the caller's contract.
+                unsafe { self.write(first + i, col, &row[..n]) };
+            }
+            return;
+        }
+        let two = n > S::LANES;
+        // A macro and not a closure, which would lose the instruction set where it is not inlined.
+        macro_rules! each_row {
+            ($p:ident, $stride:ident, $to:ident, $v:ident => $store:expr) => {
+                for (i, row) in rows {
+                    let $to = $p.wrapping_add((first + i) * $stride + col);
+                    let $v = s.load_slice(row);
+                    $store;
+                    if two {
+                        let $to = $to.wrapping_add(S::LANES);
+                        let $v = s.load_slice(&row[S::LANES..]);
+                        $store;
+                    }
+                }
+            };
+        }
+        // SAFETY: the caller's contract: whole vectors of columns are inside.
+        unsafe {
+            match self {
+                Self::F32(p, stride) if stream => {
+                    each_row!(p, stride, to, v => s.stream(to, v))
+                }
+                Self::F32(p, stride) => each_row!(p, stride, to, v => s.store(to, v)),
+                Self::F16(p, stride) => each_row!(p, stride, to, v => s.store_f16(to.cast(), v)),
+                Self::BF16(p, stride) => {
+                    each_row!(p, stride, to, v => s.store_u16(to.cast(), s.to_bf16(v)));
+                }
+            }
+        }
+    }
+
     /// Writes columns `col .. col + values.len()` of a row, rounded to nearest, ties to even.
     ///
     /// # Safety
@@ -63,20 +134,10 @@ impl OutRows {
         }
     }
 
-    /// Whether rows may be written with [`Simd::stream`]: f32, each row aligned to a vector of `lanes`.
-    pub(crate) fn can_stream(self, lanes: usize) -> bool {
-        match self {
-            Self::F32(p, stride) => {
-                p.addr().is_multiple_of(lanes * size_of::<f32>()) && stride.is_multiple_of(lanes)
-            }
-            Self::F16(..) | Self::BF16(..) => false,
-        }
-    }
-
-    /// [`OutRows::write`] of whole vectors; past the caches if `stream`.
+    /// Writes whole vectors that are still in registers: columns from `col` on of a row; rounded and streamed as by [`OutRows::write_block`].
     ///
     /// # Safety
-    /// As there; `stream` only where [`OutRows::can_stream`] and `col` is a multiple of the lanes.
+    /// As [`OutRows::write_block`] for these columns.
     #[inline(always)]
     pub(crate) unsafe fn write_vectors<S: Simd>(
         self,
@@ -86,48 +147,27 @@ impl OutRows {
         values: &[S::F],
         stream: bool,
     ) {
-        match self {
-            Self::F32(p, stride) => {
-                for (i, &v) in values.iter().enumerate() {
-                    // SAFETY: the caller's contract.
-                    unsafe {
-                        let p = p.add(row * stride + col + i * S::LANES);
-                        if stream {
-                            s.stream(p, v);
-                        } else {
-                            s.store(p, v);
-                        }
-                    }
+        // A macro and not a closure, as above.
+        macro_rules! each_vector {
+            ($p:ident, $stride:ident, $to:ident, $v:ident => $store:expr) => {
+                for (i, &$v) in values.iter().enumerate() {
+                    let $to = $p.wrapping_add(row * $stride + col + i * S::LANES);
+                    $store;
                 }
-            }
-            Self::BF16(p, stride) => {
-                for (i, &v) in values.iter().enumerate() {
-                    let bits = round_to_bf16(s, v);
-                    // SAFETY: the caller's contract; a bf16 is a u16.
-                    unsafe {
-                        let p = p.add(row * stride + col + i * S::LANES);
-                        s.store_low_halves(p.cast(), bits);
-                    }
+            };
+        }
+        // SAFETY: the caller's contract: whole vectors of columns are inside.
+        unsafe {
+            match self {
+                Self::F32(p, stride) if stream => each_vector!(p, stride, to, v => s.stream(to, v)),
+                Self::F32(p, stride) => each_vector!(p, stride, to, v => s.store(to, v)),
+                Self::F16(p, stride) => {
+                    each_vector!(p, stride, to, v => s.store_f16(to.cast(), v));
                 }
-            }
-            Self::F16(..) => {
-                let mut lanes = [0.0; super::simd::MAX_LANES];
-                for (i, &v) in values.iter().enumerate() {
-                    s.store_slice(&mut lanes, v);
-                    // SAFETY: the caller's contract.
-                    unsafe { self.write(row, col + i * S::LANES, &lanes[..S::LANES]) };
+                Self::BF16(p, stride) => {
+                    each_vector!(p, stride, to, v => s.store_u16(to.cast(), s.to_bf16(v)));
                 }
             }
         }
     }
-}
-
-/// The bits of the nearest bf16, ties to even, in the low half of each lane. NaN stays NaN: it is made quiet, so that no carry reaches its exponent.
-#[inline(always)]
-fn round_to_bf16<S: Simd>(s: S, v: S::F) -> S::I {
-    let bits = s.to_bits(v);
-    let odd = s.and_i(s.shr::<16>(bits), s.splat_i(1));
-    let rounded = s.add_i(s.add_i(bits, s.splat_i(0x7fff)), odd);
-    let quiet = s.or_i(bits, s.splat_i(0x0040_0000));
-    s.shr::<16>(s.select_i(s.eq(v, v), rounded, quiet))
 }

@@ -99,7 +99,7 @@ impl Recipe {
             layer = layer.with_shared(shared).unwrap();
         }
         if self.weight_on_input {
-            layer = layer.with_weight_on_input().unwrap();
+            layer = layer.with_weight_on_input();
         }
         if self.norms {
             layer = layer
@@ -117,23 +117,39 @@ impl Recipe {
 
     /// Experts `first .. first + count` of the layer alone (no shared experts, no gate biases).
     pub fn part(&self, cpu: &Cpu, first: usize, count: usize) -> MoeLayer {
-        let mut rng = Rng(self.name.bytes().map(u64::from).sum());
-        let (h, i, e) = (self.hidden, self.intermediate, self.config.num_experts);
-        let all = self.weights(&mut rng, e, h, i);
+        let (h, i) = (self.hidden, self.intermediate);
         let mut experts = PackedExperts::new(cpu, h, i, self.activation, DType::F32).unwrap();
-        for w in &all[first..first + count] {
-            experts
-                .push(cpu, &w.view(self.activation.gated, false))
-                .unwrap();
+        for e in first..first + count {
+            self.push(cpu, &mut experts, e);
         }
-        let gate_w = scaled(&mut rng, e * h, h);
-        let gate = Gate::new(cpu, view(&gate_w, e, h), None).unwrap();
         let layer = MoeLayer::new(Router::new(self.config.clone()).unwrap(), experts).unwrap();
         layer
             .with_first_expert(first)
             .unwrap()
-            .with_gate(gate)
+            .with_gate(self.gate(cpu))
             .unwrap()
+    }
+
+    /// Adds expert `e` of the layer, without biases, to a set.
+    pub fn push(&self, cpu: &Cpu, experts: &mut PackedExperts, e: usize) {
+        let (all, _) = self.seeded();
+        let gated = self.activation.gated;
+        experts.push(cpu, &all[e].view(gated, false)).unwrap();
+    }
+
+    /// The gate of a layer without biases.
+    pub fn gate(&self, cpu: &Cpu) -> Gate {
+        let (_, mut rng) = self.seeded();
+        let (r, h) = (self.config.num_logits(), self.hidden);
+        let w = scaled(&mut rng, r * h, h);
+        Gate::new(cpu, view(&w, r, h), None).unwrap()
+    }
+
+    /// The weights of all experts, and the generator as it stands after them.
+    fn seeded(&self) -> (Vec<Weights>, Rng) {
+        let mut rng = Rng(self.name.bytes().map(u64::from).sum());
+        let (h, i, e) = (self.hidden, self.intermediate, self.config.num_experts);
+        (self.weights(&mut rng, e, h, i), rng)
     }
 
     fn weights(&self, rng: &mut Rng, count: usize, h: usize, i: usize) -> Vec<Weights> {
@@ -259,13 +275,23 @@ pub fn recipes() -> Vec<Recipe> {
             },
             ..plain("average", RouterConfig::olmoe(6, 2))
         },
-        plain("identity", identity),
+        plain("identity", identity.clone()),
         plain("dense", RouterConfig::dense(4)),
         plain("noisy", RouterConfig::noisy_top_k(8, 2, 7)),
         plain("one expert", RouterConfig::mixtral(1, 1)),
         Recipe {
             intermediate: 1,
             ..plain("I = 1", RouterConfig::mixtral(4, 4))
+        },
+        // No model has these, but what they mean is clear.
+        Recipe {
+            latent: Some(29),
+            norms: true,
+            ..plain("latent + x", identity.clone())
+        },
+        Recipe {
+            weight_on_input: true,
+            ..plain("input + x", identity)
         },
     ]
 }

@@ -18,83 +18,11 @@ fn widen(v: &[f32]) -> Vec<f64> {
     v.iter().map(|&x| f64::from(x)).collect()
 }
 
-/// The same router in the oracle's words. Multiplier, softcap and noise are left out: the oracle gets effective logits.
+/// The same router in the oracle's words, with the ids that the call gives.
 pub fn spec(setup: &Setup) -> RouterSpec {
-    let c = &setup.config;
-    let mut spec = RouterSpec::top_k(c.num_experts, c.top_k);
-    (spec.num_null, spec.null_kind) = match c.null_experts {
-        NullExperts::Zero(n) => (n, reference::NullKind::Zero),
-        other => (other.count(), reference::NullKind::Identity),
-    };
-    spec.num_joint_shared = c.joint_shared;
-    spec.score = match c.score {
-        Score::Softmax => reference::Score::Softmax,
-        Score::Sigmoid => reference::Score::Sigmoid,
-        Score::SqrtSoftplus => reference::Score::SqrtSoftplus,
-        _ => reference::Score::Identity,
-    };
-    spec.correction_bias = widen(&setup.bias);
-    spec.per_expert_scale = widen(&setup.per_expert_scale);
-    spec.weights = match c.weights {
-        WeightSource::SoftmaxSelectedLogits => reference::WeightsFrom::SoftmaxSelectedLogits,
-        WeightSource::JointWithShared => reference::WeightsFrom::JointWithShared,
-        _ => reference::WeightsFrom::Score,
-    };
-    spec.renorm = match c.renorm {
-        Renorm::Sum => reference::Renorm::Sum,
-        Renorm::SumPlusEps(eps) => reference::Renorm::SumPlusEps(eps.into()),
-        Renorm::SumClampMin(eps) => reference::Renorm::SumClampMin(eps.into()),
-        Renorm::PNorm(p) => reference::Renorm::PNorm(p.into()),
-        _ => reference::Renorm::None,
-    };
-    spec.scale = c.scale.into();
-    spec.capacity = c.capacity.map(|c| reference::Capacity {
-        per_expert: c.per_expert,
-        scope_tokens: c.scope_tokens,
-        batch_prioritized: c.batch_prioritized,
-        normalize_before_drop: c.normalize_before_drop,
-    });
-    match c.selection {
-        Selection::TopK { rank_by, groups } => {
-            if rank_by == RankBy::Logit {
-                spec.select_on = reference::SelectOn::Logit;
-            }
-            spec.groups = groups.map(|g| reference::Groups {
-                n_group: g.n_group,
-                topk_group: g.topk_group,
-                score: match g.score {
-                    GroupScore::Max => reference::GroupScore::Max,
-                    _ => reference::GroupScore::Top2Sum,
-                },
-                fill: match g.fill {
-                    MaskedFill::Zero => reference::Fill::Zero,
-                    _ => reference::Fill::NegInf,
-                },
-            });
-        }
-        Selection::Given => {
-            let (ids, weights) = (setup.given_ids.clone(), Vec::new());
-            spec.method = reference::Method::Given { ids, weights };
-        }
-        Selection::SparseMixer { jitter_eps } => {
-            spec.method = reference::Method::Sparsemixer {
-                jitter_eps: jitter_eps.into(),
-            };
-        }
-        Selection::ProductKeys { stacked } => {
-            spec.select_on = reference::SelectOn::Logit;
-            let layout = match stacked {
-                true => reference::KeyLayout::BatchHalves,
-                false => reference::KeyLayout::PerToken,
-            };
-            spec.method = reference::Method::ProductKey { layout };
-        }
-        Selection::ExpertChoice { per_expert } => {
-            spec.method = reference::Method::ExpertChoice {
-                capacity: per_expert,
-            };
-        }
-        _ => spec.method = reference::Method::Dense,
+    let mut spec = RouterSpec::from(&setup.router());
+    if let reference::Method::Given { ids, .. } = &mut spec.method {
+        ids.clone_from(&setup.given_ids);
     }
     spec
 }

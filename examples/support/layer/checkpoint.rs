@@ -31,8 +31,10 @@ impl Checkpoint {
         let settings = Settings::read(path, options)?;
         let names: Vec<&str> = tensors.names().collect();
         let (naming, mut notes) = detect(&names, options.layer, &settings)?;
+        naming.family.check_options(options)?;
         if !settings.from_config {
-            notes.push("no config.json beside the weights: what they do not say comes from options or has its published value".into());
+            notes.push("no config.json beside the weights: what they do not say comes from options or is what the family published".into());
+            notes.extend(naming.family.open_settings(&settings).map(str::to_string));
         }
         let mut check = Check {
             tensors: &tensors,

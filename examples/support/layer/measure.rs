@@ -11,6 +11,7 @@ use moe_kernels::cpu::roofline;
 use moe_kernels::grouped_gemm::{Gather, Groups, scratch_bytes};
 use moe_kernels::routing::{LoadStats, RouteInput, Routing};
 use moe_kernels::{Cpu, DType, MatMut, MatRef};
+use std::fmt;
 use std::time::{Duration, Instant};
 
 /// Bytes that are read to measure the memory: more than any cache holds.
@@ -18,23 +19,60 @@ pub const PROBE_BYTES: usize = 256 << 20;
 /// It is timed in pieces as long as a stage of one token takes, so that both have the same chance of not being interrupted.
 const PIECE_BYTES: usize = 32 << 20;
 
-/// The machine's two ceilings, measured with the same instruction set and threads.
-pub struct Machine {
+/// The machine's ceilings with an instruction set and a number of threads: the best that was seen of each.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ceilings {
     /// f32 FLOP/s
     pub fma_peak: f64,
+    /// FLOP/s of native bf16 dot products, where there are any.
+    pub bf16_dot_peak: Option<f64>,
     /// Bytes/s
     pub read_bandwidth: f64,
+}
+
+impl Ceilings {
+    /// FLOP/s that products with weights of `dtype` cannot exceed.
+    pub fn flop_peak(&self, dtype: DType) -> f64 {
+        match dtype {
+            DType::BF16 => self.bf16_dot_peak.unwrap_or(self.fma_peak),
+            _ => self.fma_peak,
+        }
+    }
+
+    fn see_arithmetic(&mut self, cpu: &Cpu, budget: Duration) {
+        self.fma_peak = self.fma_peak.max(roofline::fma_peak(cpu, budget));
+        let dots = roofline::bf16_dot_peak(cpu, budget);
+        // `None` is less than any number.
+        if dots > self.bf16_dot_peak {
+            self.bf16_dot_peak = dots;
+        }
+    }
+}
+
+impl fmt::Display for Ceilings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.0} GFLOP/s f32 FMA, ", self.fma_peak / 1e9)?;
+        if let Some(peak) = self.bf16_dot_peak {
+            write!(f, "{:.0} bf16 dot, ", peak / 1e9)?;
+        }
+        write!(f, "{:.1} GB/s read", self.read_bandwidth / 1e9)
+    }
+}
+
+/// What measures the ceilings.
+pub struct Machine {
+    pub ceilings: Ceilings,
     probe: Vec<f32>,
 }
 
 impl Machine {
     pub fn measure(cpu: &Cpu) -> Self {
-        let probe = vec![1.0f32; PROBE_BYTES / 4];
         let mut machine = Self {
-            fma_peak: roofline::fma_peak(cpu, Duration::from_millis(300)),
-            read_bandwidth: 0.0,
-            probe,
+            ceilings: Ceilings::default(),
+            probe: vec![1.0f32; PROBE_BYTES / 4],
         };
+        let ceilings = &mut machine.ceilings;
+        ceilings.see_arithmetic(cpu, Duration::from_millis(300));
         let start = Instant::now();
         while start.elapsed() < Duration::from_millis(300) {
             machine.sweep_caches(cpu);
@@ -42,20 +80,28 @@ impl Machine {
         machine
     }
 
+    /// Forgets the ceilings and begins to look anew. On a shared machine they move within minutes, memory's by half: a share of the roof is worth the ceilings of
+    /// the same seconds.
+    pub fn begin(&mut self, cpu: &Cpu) {
+        self.ceilings = Ceilings::default();
+        self.look_again(cpu);
+        self.sweep_caches(cpu);
+    }
+
     /// Reads the probe once, so that no cache holds anything else. A model does the same: it visits all other layers before it comes back to this one.
     ///
-    /// On a shared machine the ceilings move. This is one more look at the memory's.
-    fn sweep_caches(&mut self, cpu: &Cpu) {
+    /// This is one more look at the memory's ceiling.
+    pub fn sweep_caches(&mut self, cpu: &Cpu) {
         for piece in self.probe.chunks(PIECE_BYTES / 4) {
             let seen = roofline::read_bandwidth(cpu, piece, Duration::ZERO);
-            self.read_bandwidth = self.read_bandwidth.max(seen);
+            let best = &mut self.ceilings.read_bandwidth;
+            *best = best.max(seen);
         }
     }
 
-    /// One more look at the arithmetic's ceiling.
-    fn look_again(&mut self, cpu: &Cpu) {
-        let seen = roofline::fma_peak(cpu, Duration::from_millis(100));
-        self.fma_peak = self.fma_peak.max(seen);
+    /// One more look at the arithmetic's ceilings.
+    pub fn look_again(&mut self, cpu: &Cpu) {
+        self.ceilings.see_arithmetic(cpu, Duration::from_millis(60));
     }
 }
 
@@ -393,7 +439,8 @@ fn time(work: impl FnOnce() -> Result<()>) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+/// The middle of the sorted values, the upper one of two.
+pub fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]

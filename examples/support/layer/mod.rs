@@ -209,9 +209,13 @@ fn check_sizes(options: &Options, architecture: &Architecture, dtype: DType) -> 
                 let per_expert = expert.unwrap_or(1).max(1) as u64;
                 let spare = (available / 10 * 9).saturating_sub(fixed + rows.unwrap_or(0) as u64);
                 let fits = (spare / per_expert).saturating_sub(2);
-                why += &format!(
-                    "; cut it with --experts N (at most about {fits} here) or choose another --shape"
-                );
+                why += &if fits < architecture.router.top_k as u64 {
+                    "; lower --tokens or choose another --shape".into()
+                } else {
+                    format!(
+                        "; cut it with --experts N (at most about {fits} here) or choose another --shape"
+                    )
+                };
             }
             fail(why)
         }

@@ -14,6 +14,7 @@
 //!
 //! Shared experts: `mlp.shared_expert` with `mlp.shared_expert_gate` (Qwen2-MoE), `mlp.shared_experts` (DeepSeek), `feed_forward.shared_expert` (Llama 4).
 
+use super::options::Options;
 use super::settings::Settings;
 use super::{Result, fail};
 use moe_kernels::routing::{Renorm, RouterConfig};
@@ -81,7 +82,53 @@ impl Family {
         })
     }
 
-    /// The router, with E experts. Settings that are neither in the config nor given have the family's published value, K excepted.
+    /// Whether the weights may or may not be divided by their sum, as the config says.
+    fn has_norm_switch(self) -> bool {
+        matches!(
+            self,
+            Self::Qwen2Moe | Self::Qwen3Moe | Self::Olmoe | Self::DeepseekV3 | Self::MinimaxM2
+        )
+    }
+
+    /// Whether the router has groups of experts and a factor.
+    fn has_groups(self) -> bool {
+        matches!(self, Self::DeepseekV2 | Self::DeepseekV3)
+    }
+
+    /// Refuses options that mean nothing for this family's router: they would be ignored.
+    pub fn check_options(self, options: &Options) -> Result<()> {
+        let given = [
+            (
+                "--norm-topk",
+                options.norm_topk.is_some(),
+                self.has_norm_switch(),
+            ),
+            ("--n-group", options.n_group.is_some(), self.has_groups()),
+            (
+                "--topk-group",
+                options.topk_group.is_some(),
+                self.has_groups(),
+            ),
+            ("--scale", options.scale.is_some(), self.has_groups()),
+        ];
+        match given.into_iter().find(|(_, given, used)| *given && !used) {
+            Some((name, ..)) => fail(format!(
+                "{name}: the router of {self:?} has no such setting"
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// What the weights alone leave open, for the user to know.
+    pub fn open_settings(self, settings: &Settings) -> Option<&'static str> {
+        let open = settings.n_group.is_none() || settings.scale.is_none();
+        (self.has_groups() && open).then_some(
+            "without groups or a factor unless given: DeepSeek-V3 has --n-group 8 --topk-group 4 --scale 2.5",
+        )
+    }
+
+    /// The router, with E experts. Of the settings that are neither in the config nor given, K is asked for; groups and the factor are none, and
+    /// the others have the family's published value.
     pub fn router(self, experts: usize, settings: &Settings) -> Result<RouterConfig> {
         let k = match (settings.top_k, self) {
             (Some(k), _) => k,
@@ -107,7 +154,7 @@ impl Family {
             Self::Granite => RouterConfig::granite(experts, k),
             Self::Qwen3Moe => RouterConfig::qwen3_moe(experts, k),
             Self::Qwen2Moe | Self::Olmoe | Self::Jamba => RouterConfig::qwen2_moe(experts, k),
-            Self::DeepseekV2 if settings.topk_method.as_deref() == Some("group_limited_greedy") => {
+            Self::DeepseekV2 if settings.grouped() => {
                 RouterConfig::deepseek_v2_grouped(experts, k, groups.0, groups.1, scale)
             }
             Self::DeepseekV2 => RouterConfig::deepseek_v2(experts, k, scale),
@@ -115,12 +162,7 @@ impl Family {
             Self::GptOss => RouterConfig::gpt_oss(experts, k),
             Self::Llama4 => RouterConfig::llama4(experts, k),
         };
-        // Families whose configs have the switch.
-        let switch = matches!(
-            self,
-            Self::Qwen2Moe | Self::Qwen3Moe | Self::Olmoe | Self::DeepseekV3 | Self::MinimaxM2
-        );
-        match settings.norm_topk.filter(|_| switch) {
+        match settings.norm_topk.filter(|_| self.has_norm_switch()) {
             Some(true) if config.renorm == Renorm::None => config.renorm = Renorm::Sum,
             Some(false) => config.renorm = Renorm::None,
             _ => {}

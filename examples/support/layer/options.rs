@@ -3,7 +3,6 @@
 use super::shapes::{Architecture, named, published};
 use super::{Result, fail};
 use clap::Parser;
-use moe_kernels::routing::Selection;
 use moe_kernels::{DType, Isa};
 use std::path::PathBuf;
 
@@ -56,27 +55,27 @@ pub struct Options {
     pub weights: Option<PathBuf>,
 
     /// Layer of the checkpoint.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, requires = "weights")]
     pub layer: usize,
 
     /// K, if there is no config.json beside the checkpoint.
-    #[arg(long)]
+    #[arg(long, requires = "weights")]
     pub top_k: Option<usize>,
 
     /// Whether the K weights are divided by their sum.
-    #[arg(long)]
+    #[arg(long, requires = "weights")]
     pub norm_topk: Option<bool>,
 
     /// Groups of experts.
-    #[arg(long)]
+    #[arg(long, requires = "weights")]
     pub n_group: Option<usize>,
 
     /// Groups that are kept.
-    #[arg(long)]
+    #[arg(long, requires = "weights")]
     pub topk_group: Option<usize>,
 
     /// Factor on the weights.
-    #[arg(long)]
+    #[arg(long, requires = "weights")]
     pub scale: Option<f32>,
 }
 
@@ -88,7 +87,7 @@ fn dtype(name: &str) -> std::result::Result<DType, String> {
 impl Options {
     /// The published layer, cut to `--experts`.
     pub fn shape(&self) -> Result<Architecture> {
-        let Some(mut architecture) = named(&self.shape) else {
+        let Some(architecture) = named(&self.shape) else {
             let names: Vec<String> = published().into_iter().map(|shape| shape.name).collect();
             return fail(format!(
                 "--shape: unknown name {:?}; known are {}",
@@ -96,31 +95,11 @@ impl Options {
                 names.join(", ")
             ));
         };
-        let Some(experts) = self.experts else {
-            return Ok(architecture);
-        };
-        let router = &mut architecture.router;
-        let (all, k) = (router.num_experts, router.top_k);
-        if !(k..=all).contains(&experts) {
-            return fail(format!(
-                "--experts: expected {k} (K) to {all} (E), got {experts}"
-            ));
+        match self.experts {
+            Some(experts) => architecture
+                .cut(experts)
+                .or_else(|why| fail(format!("--experts: {why}"))),
+            None => Ok(architecture),
         }
-        if let Selection::TopK {
-            groups: Some(g), ..
-        } = router.selection
-            && (experts % g.n_group != 0 || experts / g.n_group * g.topk_group < k)
-        {
-            let most = g.n_group * k.div_ceil(g.topk_group);
-            return fail(format!(
-                "--experts: {} groups of which {} are kept for K = {k} want a multiple of {}, at least {most}; got {experts}",
-                g.n_group, g.topk_group, g.n_group
-            ));
-        }
-        router.num_experts = experts;
-        if experts < all {
-            architecture.name += &format!(" cut to {experts} of {all} experts");
-        }
-        Ok(architecture)
     }
 }

@@ -16,14 +16,12 @@
 //! Where many roundings add up they count as independent and of mean zero, and 6 standard deviations bound their sum (Higham and Mary 2019). The worst
 //! case would be about √n times larger and would hide real errors.
 
+use super::Result;
 use super::measure::Sample;
 use super::shapes::{Architecture, Join};
 use super::source::{RouterTensors, SharedTensors, Source};
 use super::tensor::{Expert, seen_as};
-use super::{Result, fail};
-use moe_kernels::grouped_gemm as fast;
 use moe_kernels::reference::{self as exact, linear};
-use moe_kernels::routing as routers;
 use moe_kernels::{AnyMatRef, DType};
 use rayon::prelude::*;
 
@@ -109,19 +107,33 @@ pub fn check(
     sample: &Sample,
     count: usize,
 ) -> Result<Checked> {
-    let mut checked = Checked::default();
-    let count = count.min(sample.tokens);
+    let mut checked = check_from_logits(architecture, source, dtype, sample, count)?;
     let router = source.router()?;
-    let shared = source.shared()?;
-    let spec = spec_of(&architecture.router, router.correction.as_deref())?;
-    for n in 0..count {
-        let t = if count == 1 {
-            0
-        } else {
-            n * (sample.tokens - 1) / (count - 1)
-        };
-        checked.tokens.push(t);
+    for t in checked.tokens.clone() {
         check_logits(&mut checked, architecture, &router, sample, t)?;
+    }
+    Ok(checked)
+}
+
+/// As [`check`], of a call whose logits came from the caller.
+pub fn check_from_logits(
+    architecture: &Architecture,
+    source: &mut dyn Source,
+    dtype: DType,
+    sample: &Sample,
+    count: usize,
+) -> Result<Checked> {
+    let mut checked = Checked {
+        tokens: spread(sample.tokens, count),
+        ..Checked::default()
+    };
+    let correction = source.router()?.correction;
+    let shared = source.shared()?;
+    let spec = exact::RouterSpec {
+        correction_bias: correction.as_deref().map(widen).unwrap_or_default(),
+        ..(&architecture.router).into()
+    };
+    for t in checked.tokens.clone() {
         let weights = check_routing(&mut checked, &spec, sample, t)?;
         let y = token(
             architecture,
@@ -138,6 +150,14 @@ pub fn check(
         }
     }
     Ok(checked)
+}
+
+/// Up to `count` of `tokens` tokens, the first and the last among them.
+fn spread(tokens: usize, count: usize) -> Vec<usize> {
+    let count = count.min(tokens);
+    (0..count)
+        .map(|n| n * (tokens - 1) / (count - 1).max(1))
+        .collect()
 }
 
 fn check_logits(
@@ -233,7 +253,7 @@ fn token(
 ) -> Result<Bounded> {
     let (hidden, k) = (architecture.hidden, weights.len());
     let x = widen(&sample.x[t * hidden..][..hidden]);
-    let mlp = mlp_spec(&architecture.activation)?;
+    let mlp = architecture.activation.into();
     let mut y = Bounded {
         value: vec![0.0; hidden],
         error: vec![0.0; hidden],
@@ -413,91 +433,4 @@ fn smallest(dtype: DType) -> f64 {
         DType::F16 => 1.0 / f64::from(1 << 25),
         _ => f64::from(f32::MIN_POSITIVE),
     }
-}
-
-fn mlp_spec(activation: &fast::Activation) -> Result<exact::MlpSpec> {
-    use fast::ActivationFunction as F;
-    let act = match activation.function {
-        F::Identity => exact::Activation::Identity,
-        F::Silu => exact::Activation::Silu,
-        F::Gelu => exact::Activation::Gelu,
-        F::GeluTanh => exact::Activation::GeluTanh,
-        F::Relu => exact::Activation::Relu,
-        F::Relu2 => exact::Activation::Relu2,
-        other => return fail(format!("the check does not know the activation {other:?}")),
-    };
-    let clamp = match activation.clamp {
-        fast::Clamp::None => exact::Clamp::None,
-        fast::Clamp::GptOss { limit, alpha } => exact::Clamp::Oai {
-            limit: limit.into(),
-            alpha: alpha.into(),
-        },
-        other => return fail(format!("the check does not know the clamp {other:?}")),
-    };
-    Ok(exact::MlpSpec {
-        gated: activation.gated,
-        act,
-        clamp,
-    })
-}
-
-/// The reference's description of a router of [`shapes`](super::shapes) or of a checkpoint.
-fn spec_of(
-    config: &routers::RouterConfig,
-    correction: Option<&[f32]>,
-) -> Result<exact::RouterSpec> {
-    use routers::{GroupScore, MaskedFill, RankBy, Renorm, Score, Selection, WeightSource};
-    let mut spec = exact::RouterSpec::top_k(config.num_experts, config.top_k);
-    spec.score = match config.score {
-        Score::Softmax => exact::Score::Softmax,
-        Score::Sigmoid => exact::Score::Sigmoid,
-        Score::SqrtSoftplus => exact::Score::SqrtSoftplus,
-        Score::Identity => exact::Score::Identity,
-        other => return fail(format!("the check does not know the score {other:?}")),
-    };
-    match config.selection {
-        Selection::TopK { rank_by, groups } => {
-            if rank_by == RankBy::Logit {
-                spec.select_on = exact::SelectOn::Logit;
-            }
-            spec.groups = groups.map(|g| exact::Groups {
-                n_group: g.n_group,
-                topk_group: g.topk_group,
-                score: match g.score {
-                    GroupScore::Max => exact::GroupScore::Max,
-                    _ => exact::GroupScore::Top2Sum,
-                },
-                fill: match g.fill {
-                    MaskedFill::Zero => exact::Fill::Zero,
-                    _ => exact::Fill::NegInf,
-                },
-            });
-        }
-        Selection::SparseMixer { jitter_eps } => {
-            spec.method = exact::Method::Sparsemixer {
-                jitter_eps: jitter_eps.into(),
-            };
-        }
-        other => return fail(format!("the check does not know the selection {other:?}")),
-    }
-    spec.weights = match config.weights {
-        WeightSource::Score => exact::WeightsFrom::Score,
-        WeightSource::SoftmaxSelectedLogits => exact::WeightsFrom::SoftmaxSelectedLogits,
-        other => return fail(format!("the check does not know weights from {other:?}")),
-    };
-    spec.renorm = match config.renorm {
-        Renorm::None => exact::Renorm::None,
-        Renorm::Sum => exact::Renorm::Sum,
-        Renorm::SumPlusEps(eps) => exact::Renorm::SumPlusEps(eps.into()),
-        Renorm::SumClampMin(eps) => exact::Renorm::SumClampMin(eps.into()),
-        Renorm::PNorm(p) => exact::Renorm::PNorm(p.into()),
-        other => {
-            return fail(format!(
-                "the check does not know the renormalisation {other:?}"
-            ));
-        }
-    };
-    spec.scale = config.scale.into();
-    spec.correction_bias = correction.map(widen).unwrap_or_default();
-    Ok(spec)
 }

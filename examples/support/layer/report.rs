@@ -45,7 +45,10 @@ pub fn header(
 pub fn machine(out: &mut dyn Write, cpu: &Cpu, machine: Option<&Machine>) -> Result<()> {
     write!(out, "cpu: {}, {} thread(s)", cpu.isa(), cpu.threads())?;
     if let Some(machine) = machine {
-        let (flops, bytes) = (machine.fma_peak / 1e9, machine.read_bandwidth / 1e9);
+        let (flops, bytes) = (
+            machine.ceilings.fma_peak / 1e9,
+            machine.ceilings.read_bandwidth / 1e9,
+        );
         write!(
             out,
             "; measured at the start: {flops:.1} GFLOP/s of f32 FMA, {bytes:.1} GB/s read"
@@ -79,7 +82,7 @@ pub fn stages(out: &mut dyn Write, machine: Option<&Machine>, measured: &Measure
         }
     )?;
     if let Some(m) = machine {
-        let (flops, bytes) = (m.fma_peak / 1e9, m.read_bandwidth / 1e9);
+        let (flops, bytes) = (m.ceilings.fma_peak / 1e9, m.ceilings.read_bandwidth / 1e9);
         writeln!(
             out,
             "  shares are of {flops:.1} GFLOP/s and {bytes:.1} GB/s, the best seen so far"
@@ -98,9 +101,9 @@ pub fn stages(out: &mut dyn Write, machine: Option<&Machine>, measured: &Measure
         let (mut work, mut of_peak) = (String::new(), String::new());
         if stage.flops > 0.0 {
             work = format!("{:.1}", flops / 1e9);
-            of_peak = share(flops, machine.map(|m| m.fma_peak));
+            of_peak = share(flops, machine.map(|m| m.ceilings.fma_peak));
         }
-        let of_bandwidth = share(bytes, machine.map(|m| m.read_bandwidth));
+        let of_bandwidth = share(bytes, machine.map(|m| m.ceilings.read_bandwidth));
         writeln!(
             out,
             "  {:15} {:>10} {work:>9} {of_peak:>12} {:>8.1} {of_bandwidth:>18}",

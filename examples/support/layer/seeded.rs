@@ -10,13 +10,16 @@ use rayon::prelude::*;
 
 /// What a stream of numbers is for; streams of one seed are independent.
 #[derive(Clone, Copy)]
-enum Stream {
+pub enum Stream {
     Router,
     RouterBias,
     Correction,
     Tokens,
     Direction,
     SharedGate,
+    /// Logits that are given to the layer, and the experts' order of popularity.
+    Logits,
+    Popularity,
     /// The shared expert, or routed expert e, and which of its tensors.
     Shared(u64),
     Expert(usize, u64),
@@ -24,7 +27,7 @@ enum Stream {
 
 /// Number i of a stream, uniform in −1..1.
 #[derive(Clone, Copy)]
-struct Generator {
+pub struct Generator {
     key: u64,
 }
 
@@ -36,7 +39,7 @@ fn mix(mut z: u64) -> u64 {
 }
 
 impl Generator {
-    fn new(seed: u64, stream: Stream) -> Self {
+    pub fn new(seed: u64, stream: Stream) -> Self {
         let name = match stream {
             Stream::Router => 1,
             Stream::RouterBias => 2,
@@ -44,6 +47,8 @@ impl Generator {
             Stream::Tokens => 4,
             Stream::Direction => 5,
             Stream::SharedGate => 6,
+            Stream::Logits => 7,
+            Stream::Popularity => 8,
             Stream::Shared(part) => 0x100 + part,
             Stream::Expert(e, part) => 0x1000 + 8 * e as u64 + part,
         };
@@ -52,7 +57,7 @@ impl Generator {
         }
     }
 
-    fn at(self, i: usize) -> f32 {
+    pub fn at(self, i: usize) -> f32 {
         let bits = mix(self
             .key
             .wrapping_add((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
@@ -83,7 +88,8 @@ impl Generator {
         values
     }
 
-    fn floats(self, n: usize, scale: f32) -> Vec<f32> {
+    /// n f32 numbers of variance `scale²`.
+    pub fn floats(self, n: usize, scale: f32) -> Vec<f32> {
         match self.values(DType::F32, n, scale) {
             Values::F32(v) => v,
             _ => Vec::new(),

@@ -43,6 +43,14 @@ impl Settings {
         Ok(settings)
     }
 
+    /// Whether DeepSeek-V2 limits the selection to groups: as the config says, or because groups were given without one.
+    pub fn grouped(&self) -> bool {
+        match self.topk_method.as_deref() {
+            Some(method) => method == "group_limited_greedy",
+            None => self.n_group.is_some_and(|n| n > 1),
+        }
+    }
+
     fn from_json(value: &Value) -> std::result::Result<Self, String> {
         // Models of text and images keep the text model's numbers one level deeper.
         let inner = value

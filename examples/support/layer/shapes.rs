@@ -68,6 +68,31 @@ impl Architecture {
         }
     }
 
+    /// The same layer with its first `experts` experts, or why that cannot be.
+    pub fn cut(mut self, experts: usize) -> Result<Self, String> {
+        let router = &mut self.router;
+        let (all, k) = (router.num_experts, router.top_k);
+        if !(k..=all).contains(&experts) {
+            return Err(format!("expected {k} (K) to {all} (E), got {experts}"));
+        }
+        if let Selection::TopK {
+            groups: Some(g), ..
+        } = router.selection
+            && (!experts.is_multiple_of(g.n_group) || experts / g.n_group * g.topk_group < k)
+        {
+            let most = g.n_group * k.div_ceil(g.topk_group);
+            return Err(format!(
+                "{} groups of which {} are kept for K = {k} want a multiple of {}, at least {most}; got {experts}",
+                g.n_group, g.topk_group, g.n_group
+            ));
+        }
+        router.num_experts = experts;
+        if experts < all {
+            self.name += &format!(" cut to {experts} of {all} experts");
+        }
+        Ok(self)
+    }
+
     /// E
     pub fn experts(&self) -> usize {
         self.router.num_experts

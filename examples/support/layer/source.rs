@@ -82,7 +82,7 @@ pub fn build(
     let mut packed_bytes = experts.bytes();
     let mut layer = MoeLayer::new(router, experts)?.with_gate(gate)?;
     if architecture.weight_on_input {
-        layer = layer.with_weight_on_input()?;
+        layer = layer.with_weight_on_input();
     }
     let mut shared_copy = None;
     if let (Some(shape), Some(shared)) = (architecture.shared, source.shared()?) {

@@ -2,7 +2,7 @@
 
 use super::packing::PanelLayout;
 use crate::cpu::out_rows::OutRows;
-use crate::cpu::simd::{MAX_LANES, Simd, math};
+use crate::cpu::simd::{Simd, math};
 use crate::grouped_gemm::{Activation, ActivationFunction, Clamp};
 
 /// `clamp(v, −limit, limit)`; NaN passes, since `min` and `max` return their second operand for it.
@@ -62,46 +62,66 @@ fn activate<S: Simd>(s: S, activation: &Activation, g: S::F, u: S::F) -> S::F {
 
 /// Finishes one panel's block of sums `c [rows][NR]` and stores it at output rows `first_row ..`.
 ///
+/// Two passes over a block that lies in L1: the choice of the activation and that of the output's format are made once for each, not once a row.
+///
 /// # Safety
-/// As [`OutRows::write`], for the panel's columns of these rows.
+/// As [`OutRows::write_block`], for the panel's columns of these rows.
 #[inline(always)]
 pub(crate) unsafe fn finish_panel<S: Simd>(
     s: S,
     layout: &PanelLayout,
     panel: usize,
-    c: &[f32],
+    c: &mut [f32],
     bias: Option<&[f32]>,
     activation: Option<&Activation>,
     out: OutRows,
     first_row: usize,
+    stream: bool,
 ) {
     let nr = 2 * S::LANES;
     let columns = layout.columns_per_panel();
     let col = panel * columns;
-    let valid = columns.min(layout.n - col);
-    let bias = bias.map(|b| {
-        let b = &b[panel * nr..][..nr];
-        (s.load_slice(b), s.load_slice(&b[S::LANES..]))
-    });
-    let mut values = [0.0f32; 2 * MAX_LANES];
-    for (i, row) in c.chunks_exact(nr).enumerate() {
-        let mut left = s.load_slice(row);
-        let mut right = s.load_slice(&row[S::LANES..]);
-        if let Some((bias_left, bias_right)) = bias {
-            left = s.add(left, bias_left);
-            right = s.add(right, bias_right);
+    if let Some(bias) = bias {
+        add_bias(s, c, &bias[panel * nr..][..nr]);
+    }
+    match activation {
+        None => {}
+        Some(&Activation::SWIGLU) => swiglu(s, c),
+        Some(activation) => activate_block(s, activation, c),
+    }
+    // SAFETY: the caller's contract. A gated panel's right half is not among the valid columns.
+    unsafe { out.write_block(s, first_row, col, columns.min(layout.n - col), c, stream) };
+}
+
+#[inline(always)]
+fn add_bias<S: Simd>(s: S, c: &mut [f32], bias: &[f32]) {
+    let (left, right) = (s.load_slice(bias), s.load_slice(&bias[S::LANES..]));
+    for row in c.chunks_exact_mut(2 * S::LANES) {
+        let (a, b) = row.split_at_mut(S::LANES);
+        s.store_slice(a, s.add(s.load_slice(a), left));
+        s.store_slice(b, s.add(s.load_slice(b), right));
+    }
+}
+
+/// The usual activation, without a branch: `silu(g) · u` into the left half of each row.
+#[inline(always)]
+fn swiglu<S: Simd>(s: S, c: &mut [f32]) {
+    for row in c.chunks_exact_mut(2 * S::LANES) {
+        let (g, u) = (s.load_slice(row), s.load_slice(&row[S::LANES..]));
+        s.store_slice(row, s.mul(math::silu(s, g), u));
+    }
+}
+
+/// Any activation, in place.
+#[inline(always)]
+fn activate_block<S: Simd>(s: S, activation: &Activation, c: &mut [f32]) {
+    for row in c.chunks_exact_mut(2 * S::LANES) {
+        let (left, right) = (s.load_slice(row), s.load_slice(&row[S::LANES..]));
+        if activation.gated {
+            s.store_slice(row, activate(s, activation, left, right));
+        } else {
+            s.store_slice(row, activate(s, activation, left, left));
+            s.store_slice(&mut row[S::LANES..], activate(s, activation, right, right));
         }
-        if let Some(activation) = activation {
-            if activation.gated {
-                left = activate(s, activation, left, right);
-            } else {
-                left = activate(s, activation, left, left);
-                right = activate(s, activation, right, right);
-            }
-        }
-        s.store_slice(&mut values, left);
-        s.store_slice(&mut values[S::LANES..], right);
-        // SAFETY: the caller's contract. A gated panel's right half is not among the valid columns.
-        unsafe { out.write(first_row + i, col, &values[..valid]) };
     }
 }

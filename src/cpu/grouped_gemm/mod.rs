@@ -1,4 +1,4 @@
-//! The driver of the grouped product: blocking, tasks, threads.
+//! The driver of the grouped product: blocking, work sharing, threads.
 //!
 //! The easy version:
 //!
@@ -6,28 +6,39 @@
 //! for each expert e, row r of e, column j:   out[r][j] = act( Σ_k A[r][k] · W[e][j][k] )
 //! ```
 //!
-//! What this file makes of it, in the order of the loops:
+//! What this folder makes of it, in the order of the loops:
 //!
 //! ```text
-//! LOOP 1  task = (expert, block of ≤ MC rows, group of panels), from one shared counter       threads
-//! LOOP 2    ko: blocks of k whose rows of A, packed, fit the L2 cache: pack A (gather, widen, transpose)
-//! LOOP 3      panel of the group: its k slice of B streams through once for all rows of the block
-//! LOOP 4        kc: KC values of k, so that the slice of B (KC × NR) stays in L1 across the row tiles
-//! LOOP 5          row tile of ≤ MR rows: the register tile, sums continued in C (f32, L2)
-//!           finish: bias, activation, rounding, store
+//! LOOP 1  run = (block of ≤ MC rows of an expert, some of its panels), from one shared counter       threads
+//! LOOP 2    ko: blocks of k whose rows of A, packed, fit half the L2 cache: pack A (gather, widen)
+//! LOOP 3      panel of the run: its k slice of B streams through once for all rows of the block
+//! LOOP 4        kc: values of k whose slice of B stays in the L2 cache across the row tiles
+//! LOOP 5          row tile of ≤ MR rows: the register tile, sums continued in C (f32, L1 or L2)
+//!             finish: bias, activation, rounding, store
 //! ```
 //!
-//! Row tiles of a block are balanced: 32 rows are 6 + 6 + 5 + 5 + 5 + 5 and not 6 · 5 + 2, since a tile of 2 rows has too few chains to hide the
-//! latency of an FMA.
+//! The optimisations, in the order of what they brought:
+//!
+//! 1. While row tiles use one slice of B they prefetch the next, wherever it lies: the next block of k, the next panel, the next run. Without it the first
+//!    tile of each slice waits for memory and the others leave memory idle.
+//! 2. A is packed by copying lines, not by transposing (`rows.rs`), and once for all runs of a block where it fits.
+//! 3. Runs shrink towards the end (`plan.rs`), so that threads finish together.
+//! 4. Row tiles of a block are balanced: 32 rows are 6 + 6 + 5 + 5 + 5 + 5 and not 6 · 5 + 2, since a tile of 2 rows has too few chains to hide the
+//!    latency of an FMA.
+//! 5. Products that follow each other (gate and up, then down) run in one parallel region.
 #![allow(unsafe_code)] // raw tiles; disjoint writes to one output from several threads
 
 mod epilogue;
 mod kernel;
 mod packing;
+mod plan;
+mod rows;
 
-pub(crate) use packing::{CacheLine, Columns, PanelLayout, RowSource, pack_bias, zeroed_lines};
+pub(crate) use packing::{CacheLine, Columns, PanelLayout, pack_bias, zeroed_lines};
+pub(crate) use rows::RowSource;
 
 use super::Cpu;
+use super::caches::caches;
 use super::isa::Isa;
 use super::out_rows::OutRows;
 use super::parallel::{TaskCounter, for_each_worker};
@@ -38,21 +49,16 @@ use crate::grouped_gemm::{Activation, Groups, PackedMatrices};
 use crate::matrix::AnyMatMut;
 use core::ops::Range;
 use epilogue::finish_panel;
-use kernel::{Kernel, MicroKernel, PanelBf16, PanelF16, PanelF32, PanelFormat, TileArgs, UNROLL};
+use kernel::{
+    Kernel, LINE, MicroKernel, PanelBf16, PanelBf16Dot, PanelF16, PanelF32, TileArgs, UNROLL,
+};
+use plan::{MC, Run, Runs, Units};
 
-/// Most rows of a task. Each byte of B read from memory then feeds 2 · 96 / 4 = 48 FLOP (f32), above the balance of a core of some 110 GFLOP/s
-/// and 15 GB/s.
-const MC: usize = 96;
-/// k of one pass over the row tiles: 256 × 16 × 4 B = 16 KiB of B and 6 KiB of A fit the 32 KiB of L1 (AVX2).
-const KC: usize = 256;
-/// Packed floats of A: 256 KiB, half of the smallest common L2 (512 KiB, Zen 2 and 3).
-const A_FLOATS: usize = 64 * 1024;
-/// Most columns of a task: C is 96 × 512 × 4 B = 192 KiB at the most; packing A costs one element move for 512 FMA lanes.
+/// Most columns of a block of sums C while A has to be packed in several parts: C is 96 × 512 × 4 B = 192 KiB at the most, and packing a line of A costs
+/// the time of some two FMA for each of its 512 · 16.
 const COLUMNS: usize = 512;
-/// Scratch floats of one worker.
-const WORKER_FLOATS: usize = A_FLOATS + MC * COLUMNS;
-/// Tasks wanted for each thread, so that the last ones to finish do not leave the others idle for long.
-const TASKS_PER_THREAD: usize = 8;
+/// Bytes of the next run's B that are fetched while the last panel of this one is at work.
+const HEAD_BYTES: usize = 4096;
 
 /// Lanes of an instruction set, known without holding its token.
 pub(crate) fn lanes(isa: Isa) -> usize {
@@ -63,9 +69,34 @@ pub(crate) fn lanes(isa: Isa) -> usize {
     }
 }
 
+/// What the caches of this machine allow.
+#[derive(Clone, Copy)]
+struct Blocking {
+    /// Words of packed A: half of the L2 cache, between what MC rows of one slice need and a megabyte.
+    a_words: usize,
+    /// Bytes of a slice of B: a tenth of the L2 cache. It need not stay in L1: a tile reads 2 vectors of it in M cycles, which L2 feeds easily.
+    /// Slices of half the L1 cost 4% at T = 512 (more visits to the tile, each some 120 cycles with its sums), of two fifths of L2 10%.
+    b_bytes: usize,
+}
+
+impl Blocking {
+    fn new() -> Self {
+        let caches = caches();
+        Self {
+            a_words: (caches.l2 / 8).clamp(32 << 10, 256 << 10),
+            b_bytes: caches.l2 / 10,
+        }
+    }
+
+    /// Scratch floats of one worker.
+    fn worker_floats(self) -> usize {
+        self.a_words + MC * COLUMNS
+    }
+}
+
 /// See [`crate::grouped_gemm::scratch_bytes`]. 63 bytes more let it begin at a cache line.
 pub(crate) fn scratch_bytes(cpu: &Cpu) -> usize {
-    cpu.threads() * WORKER_FLOATS * size_of::<f32>() + 63
+    cpu.threads() * Blocking::new().worker_floats() * size_of::<f32>() + 63
 }
 
 /// Packs every panel of one matrix; panels are shared out among threads.
@@ -82,109 +113,119 @@ pub(crate) fn pack_panels(cpu: &Cpu, layout: &PanelLayout, columns: &Columns<'_>
     });
 }
 
-/// Runs a checked grouped product; see [`crate::grouped_gemm::grouped_gemm_into`].
+/// One grouped product whose operands were checked.
+struct Product<'a> {
+    source: RowSource<'a>,
+    weights: &'a PackedMatrices,
+    groups: Groups<'a>,
+    activation: Option<Activation>,
+    out: OutRows,
+    units: Units,
+    /// Results go past the caches.
+    stream: bool,
+}
+
+impl<'a> Product<'a> {
+    /// # Safety
+    /// `out` and the rows of `source` stay valid, and nobody else touches them, until the product has run; what the door checks holds.
+    unsafe fn new(
+        cpu: &Cpu,
+        source: RowSource<'a>,
+        weights: &'a PackedMatrices,
+        groups: Groups<'a>,
+        activation: Option<Activation>,
+        out: OutRows,
+    ) -> Self {
+        Self {
+            source: source.flushed(weights.dtype() == DType::BF16),
+            units: Units::new(&groups, weights.layout().panels(), cpu.threads()),
+            weights,
+            groups,
+            activation,
+            out,
+            stream: !weights.is_gated()
+                && out.can_stream()
+                && groups.total_rows() * weights.n() * size_of::<f32>() > caches().l3 / 2,
+        }
+    }
+}
+
+/// Runs one checked product; see [`crate::grouped_gemm::grouped_gemm_into`].
 pub(crate) fn run(
     cpu: &Cpu,
-    source: &RowSource<'_>,
+    source: RowSource<'_>,
     weights: &PackedMatrices,
     groups: Groups<'_>,
     activation: Option<Activation>,
     mut out: AnyMatMut<'_>,
     scratch: &mut [u8],
 ) {
-    let plan = Plan::new(cpu, weights.layout(), &groups);
+    let out = OutRows::new(&mut out);
+    // SAFETY: `out` and what `source` borrows live until the end of this function.
+    let product = unsafe { Product::new(cpu, source, weights, groups, activation, out) };
+    run_all(cpu, &[product], scratch);
+}
+
+/// Runs the two checked products of the experts, `h = act(A · W_upᵀ)` and `ys = h · W_downᵀ`, in one parallel region.
+pub(crate) fn run_experts(
+    cpu: &Cpu,
+    source: RowSource<'_>,
+    (up, down): (&PackedMatrices, &PackedMatrices),
+    groups: Groups<'_>,
+    activation: Activation,
+    mut h: AnyMatMut<'_>,
+    mut ys: AnyMatMut<'_>,
+    scratch: &mut [u8],
+) {
+    let (h_rows, ys_rows) = (OutRows::new(&mut h), OutRows::new(&mut ys));
+    let h_source = RowSource::written(h_rows, up.n());
+    // SAFETY: h, ys and what `source` borrows live until the end of this function; h is read only after the first product (`run_all`).
+    let products = unsafe {
+        [
+            Product::new(cpu, source, up, groups, Some(activation), h_rows),
+            Product::new(cpu, h_source, down, groups, None, ys_rows),
+        ]
+    };
+    run_all(cpu, &products, scratch);
+}
+
+/// Runs products one after another in one parallel region; each may read what an earlier one writes.
+fn run_all(cpu: &Cpu, products: &[Product<'_>], scratch: &mut [u8]) {
+    let blocking = Blocking::new();
+    let worker_floats = blocking.worker_floats();
     let skip = scratch.as_ptr().align_offset(64);
     let floats: &mut [f32] = {
-        let len = cpu.threads() * WORKER_FLOATS * size_of::<f32>();
+        let len = cpu.threads() * worker_floats * size_of::<f32>();
         bytemuck::cast_slice_mut(&mut scratch[skip..skip + len])
     };
     let scratch = SharedSlice::new(floats);
-    let out = OutRows::new(&mut out);
-    let tasks = TaskCounter::new(plan.tasks);
-    for_each_worker(cpu.threads().min(plan.tasks), &|worker| {
-        // SAFETY: each worker below `threads` runs once and has a part of its own.
-        let scratch =
-            unsafe { scratch.range(worker * WORKER_FLOATS..(worker + 1) * WORKER_FLOATS) };
-        dispatch(
-            cpu.isa(),
-            Worker {
-                plan: &plan,
-                tasks: &tasks,
-                source,
-                weights,
-                groups,
-                activation: activation.as_ref(),
-                out,
-                scratch,
-            },
-        );
-    });
-}
-
-/// How the work is cut: the same for every ISA and thread count as far as sums are concerned, since no sum crosses a task.
-struct Plan {
-    /// Most rows of a task, a multiple of MR.
-    rows_per_task: usize,
-    /// Panels of a task.
-    panels_per_task: usize,
-    /// Tasks that share the rows of one block.
-    panel_groups: usize,
-    tasks: usize,
-}
-
-impl Plan {
-    fn new(cpu: &Cpu, layout: &PanelLayout, groups: &Groups<'_>) -> Self {
-        let blocks: usize = (0..groups.experts())
-            .map(|e| groups.rows_of(e).len().div_ceil(MC))
-            .sum();
-        let panels = layout.panels();
-        let most = COLUMNS / layout.nr();
-        let wanted = (TASKS_PER_THREAD * cpu.threads()).div_ceil(blocks.max(1));
-        // A task of one panel would pack A for 16 columns only; 4 panels keep that cost below a tenth.
-        let panel_groups = panels.div_ceil(most).max(wanted.min(panels.div_ceil(4)));
-        let panels_per_task = panels.div_ceil(panel_groups);
-        let panel_groups = panels.div_ceil(panels_per_task);
-        Self {
-            rows_per_task: MC,
-            panels_per_task,
-            panel_groups,
-            tasks: blocks * panel_groups,
-        }
-    }
-}
-
-/// Finds the expert and rows of a task. Task numbers only grow for one worker, so the walk over experts never restarts.
-struct Cursor {
-    expert: usize,
-    /// Blocks of rows before this expert's first.
-    blocks_before: usize,
-}
-
-impl Cursor {
-    fn seek(&mut self, groups: &Groups<'_>, rows_per_task: usize, block: usize) -> Range<usize> {
-        loop {
-            let rows = groups.rows_of(self.expert);
-            let blocks = rows.len().div_ceil(rows_per_task);
-            if block < self.blocks_before + blocks {
-                // Blocks of equal size, so that the last is not a sliver.
-                let (i, n) = (block - self.blocks_before, rows.len());
-                return rows.start + n * i / blocks..rows.start + n * (i + 1) / blocks;
+    let most = products.iter().map(|p| p.units.total()).max();
+    for_each_worker(cpu.threads().min(most.unwrap_or(0)), &|worker| {
+        for (i, product) in products.iter().enumerate() {
+            // SAFETY: each worker below `threads` runs once and has a part of its own.
+            let scratch =
+                unsafe { scratch.range(worker * worker_floats..(worker + 1) * worker_floats) };
+            dispatch(
+                cpu.isa(),
+                Worker {
+                    product,
+                    blocking,
+                    native_bf16: cpu.native_bf16(),
+                    scratch,
+                },
+            );
+            if i + 1 < products.len() {
+                product.units.wait();
             }
-            self.blocks_before += blocks;
-            self.expert += 1;
         }
-    }
+    });
 }
 
 /// One worker's share of a grouped product.
 struct Worker<'a> {
-    plan: &'a Plan,
-    tasks: &'a TaskCounter,
-    source: &'a RowSource<'a>,
-    weights: &'a PackedMatrices,
-    groups: Groups<'a>,
-    activation: Option<&'a Activation>,
-    out: OutRows,
+    product: &'a Product<'a>,
+    blocking: Blocking,
+    native_bf16: bool,
     scratch: &'a mut [f32],
 }
 
@@ -193,92 +234,148 @@ impl Op for Worker<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        match self.weights.dtype() {
-            DType::F32 => self.run_tasks::<S, PanelF32>(s),
-            DType::F16 => self.run_tasks::<S, PanelF16>(s),
-            DType::BF16 => self.run_tasks::<S, PanelBf16>(s),
-        }
-    }
-}
-
-impl Worker<'_> {
-    #[inline(always)]
-    fn run_tasks<S: Simd, Format: PanelFormat>(self, s: S) {
-        let kernel = Kernel::<S, Format>::new(s);
-        let layout = self.weights.layout();
-        let (a, c) = self.scratch.split_at_mut(A_FLOATS);
-        let mut cursor = Cursor {
-            expert: 0,
-            blocks_before: 0,
-        };
-        while let Some(task) = self.tasks.take() {
-            let (block, group) = (task / self.plan.panel_groups, task % self.plan.panel_groups);
-            let rows = cursor.seek(&self.groups, self.plan.rows_per_task, block);
-            let first = group * self.plan.panels_per_task;
-            let panels = first..layout.panels().min(first + self.plan.panels_per_task);
-            let b = self.weights.panels(cursor.expert);
-            multiply(
-                kernel,
-                layout,
-                self.source,
-                rows.clone(),
-                panels.clone(),
-                b,
-                a,
-                c,
-            );
-            let block_floats = rows.len() * layout.nr();
-            for (panel, c) in panels.zip(c.chunks_exact(block_floats)) {
-                // SAFETY: the rows and panels of this task are inside `out` (checked at the door) and no other task has them; the matrix stays
-                // borrowed by `run`.
-                unsafe {
-                    finish_panel(
-                        s,
-                        layout,
-                        panel,
-                        c,
-                        self.weights.bias(cursor.expert),
-                        self.activation,
-                        self.out,
-                        rows.start,
-                    );
+        let product = self.product;
+        // SAFETY: none but the last is a native dot, and `Cpu::native_bf16` is only true where the CPU has it.
+        unsafe {
+            match product.weights.dtype() {
+                DType::F32 => self.run_units(s, Kernel::<S, PanelF32>::new(s)),
+                DType::F16 => self.run_units(s, Kernel::<S, PanelF16>::new(s)),
+                DType::BF16 => {
+                    if const { S::BF16_DOT }
+                        && self.native_bf16
+                        && product.source.dtype() == DType::BF16
+                    {
+                        self.run_units(s, Kernel::<S, PanelBf16Dot>::new(s));
+                    } else {
+                        self.run_units(s, Kernel::<S, PanelBf16>::new(s));
+                    }
                 }
             }
         }
     }
 }
 
-/// LOOPS 2 to 5: C `[panels][rows][NR]` = A · B for one task.
-#[inline(always)]
-fn multiply<K: MicroKernel>(
-    kernel: K,
-    layout: &PanelLayout,
-    source: &RowSource<'_>,
-    rows: Range<usize>,
-    panels: Range<usize>,
-    b: &[u8],
-    a: &mut [f32],
-    c: &mut [f32],
-) {
-    let m = rows.len();
-    let tiles = m.div_ceil(K::MR);
-    let tile_start = |t: usize| m * t / tiles;
-    let block_floats = m * K::NR;
-    assert!(m <= MC && panels.len() * block_floats <= c.len());
-    assert!(b.len() >= layout.panels() * layout.panel_bytes());
-    let padded_k = layout.steps() * K::STEP;
-    // LOOP 2
-    let ko = (A_FLOATS / m / KC).max(1) * KC;
-    for k0 in (0..padded_k).step_by(ko) {
-        let padded = ko.min(padded_k - k0);
-        let kc = padded.min(layout.k - k0);
-        for t in 0..tiles {
-            let (from, to) = (tile_start(t), tile_start(t + 1));
-            let tile = &mut a[padded * from..padded * to];
-            packing::pack_rows(source, rows.start + from..rows.start + to, k0, kc, tile);
+impl Worker<'_> {
+    #[inline(always)]
+    fn run_units<S: Simd, K: MicroKernel>(self, s: S, kernel: K) {
+        let product = self.product;
+        let (a, c) = self.scratch.split_at_mut(self.blocking.a_words);
+        let mut runs = Runs::new(&product.units, product.groups);
+        let mut next = runs.next();
+        let mut rows = PackedRows { block: None, a };
+        while let Some(run) = next {
+            // One run ahead, to know where its B begins.
+            next = runs.next();
+            let then = next.as_ref().map(|next| {
+                let b = product.weights.panels(next.expert);
+                b[next.panels.start * product.weights.layout().panel_bytes()..].as_ptr()
+            });
+            let task = Task {
+                product,
+                run: &run,
+                blocking: self.blocking,
+                then: then.unwrap_or(core::ptr::null()),
+            };
+            task.run(s, kernel, &mut rows, c);
+            if product.stream {
+                s.fence_streams();
+            }
+            product.units.finish(run.panels.len());
         }
+    }
+}
+
+/// Rows of A as they lie packed in a worker's scratch.
+struct PackedRows<'a> {
+    /// The block whose rows are here with all their k.
+    block: Option<usize>,
+    a: &'a mut [f32],
+}
+
+/// LOOPS 2 to 5 for one run.
+struct Task<'a> {
+    product: &'a Product<'a>,
+    run: &'a Run,
+    blocking: Blocking,
+    /// Where B goes on after this run; may be null.
+    then: *const u8,
+}
+
+impl Task<'_> {
+    #[inline(always)]
+    fn run<S: Simd, K: MicroKernel>(
+        self,
+        s: S,
+        kernel: K,
+        rows: &mut PackedRows<'_>,
+        c: &mut [f32],
+    ) {
+        let layout = self.product.weights.layout();
+        let m = self.run.rows.len();
+        let all = lines_of::<K>(layout);
+        let fit = rows.a.len() / (m * LINE);
+        let whole = fit >= all;
+        // Equal parts.
+        let part = all.div_ceil(all.div_ceil(fit));
+        // While A comes in parts, sums of several panels wait in C.
+        let group = if whole {
+            self.run.panels.len()
+        } else {
+            COLUMNS / K::NR
+        };
+        let mut first = self.run.panels.start;
+        while first < self.run.panels.end {
+            let panels = first..self.run.panels.end.min(first + group);
+            // LOOP 2
+            for from in (0..all).step_by(part) {
+                let lines = from..all.min(from + part);
+                if !whole || rows.block != Some(self.run.block) {
+                    self.pack::<S, K>(s, lines.clone(), rows.a);
+                    rows.block = whole.then_some(self.run.block);
+                }
+                self.panels(s, kernel, panels.clone(), lines, rows.a, c);
+            }
+            first = panels.end;
+        }
+    }
+
+    /// Packs the lines `lines` of the run's rows, tile after tile.
+    #[inline(always)]
+    fn pack<S: Simd, K: MicroKernel>(&self, s: S, lines: Range<usize>, a: &mut [f32]) {
+        let rows = &self.run.rows;
+        for (from, to) in tiles::<K>(rows.len()) {
+            let tile = &mut a[from * lines.len() * LINE..to * lines.len() * LINE];
+            let rows = rows.start + from..rows.start + to;
+            // SAFETY: `Product::new`'s contract; an earlier product that writes these rows is done (`Units::wait`).
+            unsafe {
+                if K::NATIVE_DOT {
+                    rows::pack_rows::<S, true>(s, &self.product.source, rows, lines.clone(), tile);
+                } else {
+                    rows::pack_rows::<S, false>(s, &self.product.source, rows, lines.clone(), tile);
+                }
+            }
+        }
+    }
+
+    /// LOOPS 3 to 5: continues the sums of `panels` by `lines` of A and finishes them after the last line.
+    #[inline(always)]
+    fn panels<S: Simd, K: MicroKernel>(
+        &self,
+        s: S,
+        kernel: K,
+        panels: Range<usize>,
+        lines: Range<usize>,
+        a: &[f32],
+        c: &mut [f32],
+    ) {
+        let product = self.product;
+        let layout = product.weights.layout();
+        let m = self.run.rows.len();
+        let block_floats = m * K::NR;
+        let last = lines.end == lines_of::<K>(layout);
+        let all = lines.start == 0 && last;
         // LOOP 3: several panels at once when there are few rows
-        let at_once = if tiles == 1 { K::panels_at_once(m) } else { 1 };
+        let at_once = if m <= K::MR { K::panels_at_once(m) } else { 1 };
         let mut panel = panels.start;
         while panel < panels.end {
             let width = if panel + at_once <= panels.end {
@@ -286,36 +383,127 @@ fn multiply<K: MicroKernel>(
             } else {
                 1
             };
-            let b = &b[panel * layout.panel_bytes()..];
-            let c = &mut c[(panel - panels.start) * block_floats..][..width * block_floats];
-            // LOOP 4. B is one stream in memory, slice after slice and panel after panel: while the row tiles use a slice, they fetch the next.
-            for kk in (0..padded).step_by(KC) {
-                let steps = KC.min(padded - kk) / K::STEP;
-                let slice_bytes = steps * K::STEP_BYTES;
-                let turns = (steps / UNROLL).max(1);
-                let lines = (width * slice_bytes / 64).div_ceil(tiles * turns);
-                // LOOP 5
-                for t in 0..tiles {
-                    let (from, to) = (tile_start(t), tile_start(t + 1));
-                    let args = TileArgs {
-                        steps,
-                        a: a[padded * from + kk * (to - from)..].as_ptr(),
-                        b: b[(k0 + kk) / K::STEP * K::STEP_BYTES..].as_ptr(),
-                        b_stride: layout.panel_bytes(),
-                        c: c[from * K::NR..].as_mut_ptr(),
-                        c_stride: block_floats,
-                        accumulate: k0 + kk > 0,
-                        prefetch: b[(k0 + kk) / K::STEP * K::STEP_BYTES..]
-                            .as_ptr()
-                            .wrapping_add(slice_bytes + t * turns * lines * 64),
-                        prefetch_lines: lines,
-                    };
-                    // SAFETY: A's tile holds `padded` values of k from `kk` on, each panel `panel_bytes` (asserted above), C `width` blocks of m rows;
-                    // a tile has at most MR rows because tiles = ⌈m / MR⌉.
-                    unsafe { kernel.run(to - from, width, args) };
+            let waiting = if all { 0 } else { panel - panels.start };
+            let c = &mut c[waiting * block_floats..][..width * block_floats];
+            // Where B goes on after these panels: with the next, with the next part of A, or with the next run.
+            let then = if panel + width < panels.end {
+                Next::Panel(panel + width)
+            } else if last && panels.end == self.run.panels.end {
+                Next::Run
+            } else {
+                Next::Part
+            };
+            self.slices(kernel, panel, width, then, lines.clone(), a, c);
+            if last {
+                for (i, c) in c.chunks_exact_mut(block_floats).enumerate() {
+                    // SAFETY: the rows and panels of this run are inside `out` (checked at the door) and no other run has them; `Product::new`'s contract.
+                    unsafe {
+                        finish_panel(
+                            s,
+                            layout,
+                            panel + i,
+                            c,
+                            product.weights.bias(self.run.expert),
+                            product.activation.as_ref(),
+                            product.out,
+                            self.run.rows.start,
+                            product.stream,
+                        );
+                    }
                 }
             }
             panel += width;
         }
     }
+
+    /// LOOPS 4 and 5: `width` panels from `panel` on.
+    #[inline(always)]
+    fn slices<K: MicroKernel>(
+        &self,
+        kernel: K,
+        panel: usize,
+        width: usize,
+        then: Next,
+        lines: Range<usize>,
+        a: &[f32],
+        c: &mut [f32],
+    ) {
+        let layout = self.product.weights.layout();
+        let b = self.product.weights.panels(self.run.expert);
+        let (m, panel_bytes) = (self.run.rows.len(), layout.panel_bytes());
+        let line_steps = LINE / K::WORDS;
+        let steps = lines.start * line_steps..layout.steps().min(lines.end * line_steps);
+        let at =
+            |panel: usize, step: usize| b[panel * panel_bytes + step * K::STEP_BYTES..].as_ptr();
+        let tile_count = m.div_ceil(K::MR);
+        // With one tile B is used once: no slices.
+        let slice = if tile_count == 1 {
+            steps.len()
+        } else {
+            // Equal slices, so that none is a sliver.
+            let count = (steps.len() * K::STEP_BYTES).div_ceil(self.blocking.b_bytes);
+            steps.len().div_ceil(count).next_multiple_of(line_steps)
+        };
+        assert!(a.len() >= m * lines.len() * LINE && c.len() >= width * m * K::NR);
+        assert!(b.len() >= (panel + width) * panel_bytes);
+        // LOOP 4
+        for from in steps.clone().step_by(slice) {
+            let now = slice.min(steps.end - from);
+            let turns = (now / UNROLL).max(1);
+            let (mut prefetch, bytes) = if from + now < steps.end {
+                (at(panel, from + now), now * K::STEP_BYTES)
+            } else {
+                match then {
+                    Next::Panel(panel) => (at(panel, steps.start), now * K::STEP_BYTES),
+                    Next::Part => (core::ptr::null(), 0),
+                    Next::Run => (self.then, HEAD_BYTES),
+                }
+            };
+            // One tile reads B as a stream, which the hardware follows by itself, up to the end of the run.
+            let streamed = tile_count == 1 && !matches!(then, Next::Run);
+            let prefetch_lines = match streamed || prefetch.is_null() {
+                true => 0,
+                false => (bytes / 64).div_ceil(tile_count * turns),
+            };
+            // LOOP 5
+            for (first, end) in tiles::<K>(m) {
+                let a = &a[first * lines.len() * LINE..];
+                let args = TileArgs {
+                    steps: now,
+                    a: a[(from - steps.start) / line_steps * (end - first) * LINE..].as_ptr(),
+                    b: at(panel, from),
+                    b_stride: panel_bytes,
+                    c: c[first * K::NR..].as_mut_ptr(),
+                    c_stride: m * K::NR,
+                    accumulate: from > 0,
+                    prefetch,
+                    prefetch_lines,
+                };
+                // SAFETY: A's tile holds `lines` of m rows, each panel all its steps, C `width` blocks of m rows (asserted above); a tile has at most MR
+                // rows because there are ⌈m / MR⌉.
+                unsafe { kernel.run(end - first, width, args) };
+                prefetch = prefetch.wrapping_add(turns * prefetch_lines * 64);
+            }
+        }
+    }
+}
+
+/// What follows the last slice of a panel.
+#[derive(Clone, Copy)]
+enum Next {
+    Panel(usize),
+    /// The next part of A, somewhere.
+    Part,
+    Run,
+}
+
+/// Lines of a whole row of A.
+fn lines_of<K: MicroKernel>(layout: &PanelLayout) -> usize {
+    (layout.steps() * K::WORDS).div_ceil(LINE)
+}
+
+/// The row tiles of a block of m rows: ⌈m / MR⌉ of them, as equal as can be.
+fn tiles<K: MicroKernel>(m: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = m.div_ceil(K::MR);
+    (0..count).map(move |t| (m * t / count, m * (t + 1) / count))
 }

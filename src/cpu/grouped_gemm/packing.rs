@@ -1,4 +1,4 @@
-//! Packing: weights once, at load, into panels; rows of A for each task, gathered on the way.
+//! Packing weights, once, at load, into panels.
 //!
 //! A packed matrix of N columns (output features) and K rows is `panels` runs, each holding NR columns for all of K:
 //!
@@ -182,77 +182,4 @@ pub(crate) fn pack_bias(
             })
             .collect(),
     )
-}
-
-/// How the rows of A are read.
-#[derive(Clone, Copy)]
-pub(crate) struct RowSource<'a> {
-    /// The matrix that rows come from.
-    pub(crate) x: AnyMatRef<'a>,
-    /// Row r of A is row `gather[r] / slots` of x; row r itself without it.
-    pub(crate) gather: Option<(&'a [u32], usize)>,
-    /// Row r is multiplied by `scale[gather[r]]` and rounded to x's format (experts whose weight acts on the input).
-    pub(crate) scale: Option<&'a [f32]>,
-    /// bf16 subnormals of x read as zeros: the weights are bf16.
-    pub(crate) flush: bool,
-}
-
-impl RowSource<'_> {
-    /// Columns `k0 .. k0 + out.len()` of row `r`, in f32.
-    fn read(&self, r: usize, k0: usize, out: &mut [f32]) {
-        let (row, pair) = match self.gather {
-            Some((pairs, slots)) => (pairs[r] as usize / slots, pairs[r] as usize),
-            None => (r, r),
-        };
-        self.x.widen_row(row, k0, out);
-        let dtype = self.x.dtype();
-        if let Some(scale) = self.scale {
-            let scale = scale[pair];
-            match dtype {
-                DType::F32 => out.iter_mut().for_each(|v| *v *= scale),
-                DType::F16 => out
-                    .iter_mut()
-                    .for_each(|v| *v = f16::from_f32(*v * scale).to_f32()),
-                DType::BF16 => out
-                    .iter_mut()
-                    .for_each(|v| *v = bf16::from_f32(*v * scale).to_f32()),
-            }
-        }
-        if self.flush && dtype == DType::BF16 {
-            // A bf16 is subnormal exactly when its f32 is (they share the exponent): keep its sign only.
-            for v in out.iter_mut() {
-                let bits = v.to_bits();
-                *v = f32::from_bits(if bits & 0x7f80_0000 == 0 {
-                    bits & 0x8000_0000
-                } else {
-                    bits
-                });
-            }
-        }
-    }
-}
-
-/// Packs rows `rows` and columns `k0 .. k0 + kc` of A as `[padded k][m]`; k values past K are zeros.
-pub(crate) fn pack_rows(
-    source: &RowSource<'_>,
-    rows: core::ops::Range<usize>,
-    k0: usize,
-    kc: usize,
-    out: &mut [f32],
-) {
-    let m = rows.len();
-    debug_assert!(out.len() >= kc * m && out.len().is_multiple_of(m));
-    let mut row = [0.0f32; 4 * BLOCK];
-    for (i, r) in rows.enumerate() {
-        let mut k = 0;
-        while k < kc {
-            let len = row.len().min(kc - k);
-            source.read(r, k0 + k, &mut row[..len]);
-            for (slot, &value) in out[k * m + i..].iter_mut().step_by(m).zip(&row[..len]) {
-                *slot = value;
-            }
-            k += len;
-        }
-    }
-    out[kc * m..].fill(0.0);
 }

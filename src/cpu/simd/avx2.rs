@@ -54,9 +54,37 @@ impl Simd for Avx2 {
         unsafe { _mm256_storeu_ps(p, v) }
     }
     #[inline(always)]
+    unsafe fn stream(self, p: *mut f32, v: Self::F) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm256_stream_ps(p, v) }
+    }
+    #[inline(always)]
+    fn fence_streams(self) {
+        // SAFETY: every x86-64 has it.
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const u16) -> Self::F {
         // SAFETY: the caller's contract on `p`, and the token.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, v: Self::F) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
+    }
+    #[inline(always)]
+    unsafe fn load_u16(self, p: *const u16) -> Self::I {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_u16(self, p: *mut u16, v: Self::I) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe {
+            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(v, v));
+            _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(packed));
+        }
     }
     #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
@@ -227,26 +255,6 @@ impl Simd for Avx2 {
         unsafe {
             let order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(order.as_ptr().cast()));
             _mm256_permutevar8x32_epi32(a, order)
-        }
-    }
-    #[inline(always)]
-    unsafe fn stream(self, p: *mut f32, v: Self::F) {
-        // SAFETY: the caller's contract on `p`, and the token.
-        unsafe { _mm256_stream_ps(p, v) }
-    }
-    #[inline(always)]
-    fn fence(self) {
-        // SAFETY: every x86-64 CPU has it.
-        unsafe { _mm_sfence() }
-    }
-    #[inline(always)]
-    unsafe fn store_low_halves(self, p: *mut u16, v: Self::I) {
-        // SAFETY: the caller's contract on `p`, and the token.
-        unsafe {
-            // Packing saturates, so the high halves go first; it works in halves of the vector, whose results are then put together.
-            let low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
-            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(low, low));
-            _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(packed));
         }
     }
     // Loads only: stores under a mask are slow on older AMD cores.

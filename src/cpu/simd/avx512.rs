@@ -18,11 +18,23 @@ pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
     op.run(Avx512(()))
 }
 
+/// Runs `op` compiled with avx512bf16 too.
+///
+/// # Safety
+/// The CPU has these features.
+#[inline(never)]
+#[target_feature(enable = "avx512bf16,avx512f,avx2,fma,f16c")]
+unsafe fn call_bf16_dot<O: Op>(op: O) -> O::Output {
+    op.run(Avx512(()))
+}
+
 // Every `unsafe` below rests on the token: a `Avx512` is only made in `call`, whose caller has checked the CPU.
 impl Simd for Avx512 {
     const LANES: usize = 16;
     // 14 × 2 accumulators + 2 panel vectors + 1 broadcast = 31 of 32 registers.
     const MR: usize = 14;
+
+    const BF16_DOT: bool = true;
 
     type F = __m512;
     type I = __m512i;
@@ -32,6 +44,19 @@ impl Simd for Avx512 {
     fn outline<O: Op>(self, op: O) -> O::Output {
         // SAFETY: the token.
         unsafe { call(op) }
+    }
+    #[inline(always)]
+    unsafe fn outline_bf16_dot<O: Op>(self, op: O) -> O::Output {
+        // SAFETY: the token, and the caller's contract.
+        unsafe { call_bf16_dot(op) }
+    }
+    #[inline(always)]
+    unsafe fn dot_bf16(self, c: Self::F, a: Self::I, b: Self::I) -> Self::F {
+        // SAFETY: the caller's contract; both types are 512 bits of anything.
+        unsafe {
+            let (a, b) = (core::mem::transmute(a), core::mem::transmute(b));
+            _mm512_dpbf16_ps(c, a, b)
+        }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -54,9 +79,34 @@ impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(p, v) }
     }
     #[inline(always)]
+    unsafe fn stream(self, p: *mut f32, v: Self::F) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm512_stream_ps(p, v) }
+    }
+    #[inline(always)]
+    fn fence_streams(self) {
+        // SAFETY: every x86-64 has it.
+        unsafe { _mm_sfence() }
+    }
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const u16) -> Self::F {
         // SAFETY: the caller's contract on `p`, and the token.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, v: Self::F) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
+    }
+    #[inline(always)]
+    unsafe fn load_u16(self, p: *const u16) -> Self::I {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_u16(self, p: *mut u16, v: Self::I) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(v)) }
     }
     #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
@@ -250,20 +300,5 @@ impl Simd for Avx512 {
         }
         // SAFETY: the token; lanes beyond the slice are masked, and masked lanes are not written.
         unsafe { _mm512_mask_storeu_ps(s.as_mut_ptr(), ((1u32 << n) - 1) as u16, v) }
-    }
-    #[inline(always)]
-    unsafe fn stream(self, p: *mut f32, v: Self::F) {
-        // SAFETY: the caller's contract on `p`, and the token.
-        unsafe { _mm512_stream_ps(p, v) }
-    }
-    #[inline(always)]
-    fn fence(self) {
-        // SAFETY: every x86-64 CPU has it.
-        unsafe { _mm_sfence() }
-    }
-    #[inline(always)]
-    unsafe fn store_low_halves(self, p: *mut u16, v: Self::I) {
-        // SAFETY: the caller's contract on `p`, and the token.
-        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(v)) }
     }
 }

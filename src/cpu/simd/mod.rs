@@ -12,6 +12,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod bf16_dot;
 pub(crate) mod math;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -45,6 +46,29 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// everything around them, and whose machine code should be found by name.
     fn outline<O: Op>(self, op: O) -> O::Output;
 
+    /// Whether this instruction set may come with a dot product of bf16 pairs, [`Simd::dot_bf16`]; whether this CPU has it is for
+    /// [`Isa::has_bf16_dot`] to say.
+    const BF16_DOT: bool = false;
+
+    /// As [`Simd::outline`], with the bf16 dot product among the instructions.
+    ///
+    /// # Safety
+    /// The CPU has it.
+    #[inline(always)]
+    unsafe fn outline_bf16_dot<O: Op>(self, op: O) -> O::Output {
+        self.outline(op)
+    }
+
+    /// `fma(even(a), even(b), fma(odd(a), odd(b), c))` for the two bf16 numbers in each lane's word, the even one in its lower half. Subnormal
+    /// inputs count as zeros; subnormal sums may.
+    ///
+    /// # Safety
+    /// Only below [`Simd::outline_bf16_dot`].
+    #[inline(always)]
+    unsafe fn dot_bf16(self, c: Self::F, a: Self::I, b: Self::I) -> Self::F {
+        self.dot_bf16_by_fma(c, a, b)
+    }
+
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;
     /// Asks for the cache line at `p`, which need not be valid.
@@ -59,11 +83,38 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is valid for writing `LANES` floats.
     unsafe fn store(self, p: *mut f32, v: Self::F);
+    /// As `store`, past the caches where there is an instruction for it.
+    ///
+    /// # Safety
+    /// As `store`; `p` is aligned to the vector; [`Simd::fence_streams`] comes before another thread is told.
+    #[inline(always)]
+    unsafe fn stream(self, p: *mut f32, v: Self::F) {
+        // SAFETY: the caller's contract.
+        unsafe { self.store(p, v) }
+    }
+    /// Orders what `stream` wrote before all later writes.
+    #[inline(always)]
+    fn fence_streams(self) {}
     /// `LANES` IEEE binary16 numbers, widened exactly.
     ///
     /// # Safety
     /// `p` is valid for reading `LANES` halves.
     unsafe fn load_f16(self, p: *const u16) -> Self::F;
+    /// `LANES` floats as IEEE binary16, to nearest, ties to even.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `LANES` halves.
+    unsafe fn store_f16(self, p: *mut u16, v: Self::F);
+    /// `LANES` 16-bit numbers, filled up with zeros.
+    ///
+    /// # Safety
+    /// `p` is valid for reading `LANES` of them.
+    unsafe fn load_u16(self, p: *const u16) -> Self::I;
+    /// The lower halves of `LANES` integers below 2¹⁶.
+    ///
+    /// # Safety
+    /// `p` is valid for writing `LANES` of them.
+    unsafe fn store_u16(self, p: *mut u16, v: Self::I);
 
     /// a + b
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
@@ -198,6 +249,33 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         let sign_bit = self.and_i(self.to_bits(sign), self.splat_i(i32::MIN));
         self.from_bits(self.or_i(self.to_bits(self.abs(a)), sign_bit))
     }
+    /// The definition of [`Simd::dot_bf16`], for inputs that are not subnormal.
+    #[inline(always)]
+    fn dot_bf16_by_fma(self, c: Self::F, a: Self::I, b: Self::I) -> Self::F {
+        let (odd_a, odd_b) = (self.odd_bf16(a), self.odd_bf16(b));
+        let (even_a, even_b) = (self.even_bf16(a), self.even_bf16(b));
+        self.fma(even_a, even_b, self.fma(odd_a, odd_b, c))
+    }
+    /// The bf16 in the upper half of each word.
+    #[inline(always)]
+    fn odd_bf16(self, words: Self::I) -> Self::F {
+        self.from_bits(self.and_i(words, self.splat_i(0xffff_0000_u32 as i32)))
+    }
+    /// The bf16 in the lower half of each word.
+    #[inline(always)]
+    fn even_bf16(self, words: Self::I) -> Self::F {
+        self.from_bits(self.shl::<16>(words))
+    }
+    /// Each float as bf16 in the lower half of a word, to nearest, ties to even; NaN stays NaN.
+    #[inline(always)]
+    fn to_bf16(self, v: Self::F) -> Self::I {
+        let bits = self.to_bits(v);
+        let upper = self.shr::<16>(bits);
+        let lowest = self.and_i(upper, self.splat_i(1));
+        let rounded = self.add_i(self.add_i(bits, self.splat_i(0x7fff)), lowest);
+        let quiet = self.or_i(upper, self.splat_i(0x40));
+        self.select_i(self.eq(v, v), self.shr::<16>(rounded), quiet)
+    }
     /// The larger of two integers.
     #[inline(always)]
     fn max_i(self, a: Self::I, b: Self::I) -> Self::I {
@@ -229,32 +307,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
             (z[2 * l], z[2 * l + 1]) = (x[l], y[l]);
         }
         (self.load_slice(&z), self.load_slice(&z[Self::LANES..]))
-    }
-    /// [`Simd::store`] past the caches, where the instruction set can: for lines that are written whole and not read soon. Not ordered with other stores
-    /// until [`Simd::fence`].
-    ///
-    /// # Safety
-    /// `p` is valid for writing `LANES` floats and aligned to as many.
-    #[inline(always)]
-    unsafe fn stream(self, p: *mut f32, v: Self::F) {
-        // SAFETY: the caller's contract.
-        unsafe { self.store(p, v) }
-    }
-    /// Orders what [`Simd::stream`] wrote before all later stores.
-    #[inline(always)]
-    fn fence(self) {}
-    /// The low 16 bits of each lane to memory, any alignment.
-    ///
-    /// # Safety
-    /// `p` is valid for writing `LANES` of them.
-    #[inline(always)]
-    unsafe fn store_low_halves(self, p: *mut u16, v: Self::I) {
-        let mut lanes = [0; MAX_LANES];
-        self.store_slice_i(&mut lanes, v);
-        for (l, &x) in lanes[..Self::LANES].iter().enumerate() {
-            // SAFETY: the caller's contract.
-            unsafe { *p.add(l) = x as u16 };
-        }
     }
     /// The lanes where `m`, in their order, at the front; what follows them is unspecified.
     #[inline(always)]

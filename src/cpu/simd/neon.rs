@@ -67,6 +67,27 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, v: Self::F) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe {
+            let narrow: uint16x4_t;
+            // As for `load_f16`.
+            core::arch::asm!("fcvtn {h:v}.4h, {w:v}.4s", h = lateout(vreg) narrow, w = in(vreg) v,
+                options(pure, nomem, nostack, preserves_flags));
+            vst1_u16(p, narrow);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u16(self, p: *const u16) -> Self::I {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { vreinterpretq_s32_u32(vmovl_u16(vld1_u16(p))) }
+    }
+    #[inline(always)]
+    unsafe fn store_u16(self, p: *mut u16, v: Self::I) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { vst1_u16(p, vmovn_u32(vreinterpretq_u32_s32(v))) }
+    }
+    #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
         // SAFETY: the token.
         unsafe { vaddq_f32(a, b) }
@@ -225,10 +246,5 @@ impl Simd for Neon {
     fn zip(self, a: Self::F, b: Self::F) -> (Self::F, Self::F) {
         // SAFETY: the token.
         unsafe { (vzip1q_f32(a, b), vzip2q_f32(a, b)) }
-    }
-    #[inline(always)]
-    unsafe fn store_low_halves(self, p: *mut u16, v: Self::I) {
-        // SAFETY: the caller's contract on `p`, and the token.
-        unsafe { vst1_u16(p, vmovn_u32(vreinterpretq_u32_s32(v))) }
     }
 }

@@ -63,6 +63,22 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, v: Self::F) {
+        let bits = map(v, |x| f16::from_f32_const(x).to_bits());
+        // SAFETY: the caller's contract.
+        unsafe { p.cast::<[u16; N]>().write_unaligned(bits) }
+    }
+    #[inline(always)]
+    unsafe fn load_u16(self, p: *const u16) -> Self::I {
+        // SAFETY: the caller's contract.
+        map(unsafe { p.cast::<[u16; N]>().read_unaligned() }, i32::from)
+    }
+    #[inline(always)]
+    unsafe fn store_u16(self, p: *mut u16, v: Self::I) {
+        // SAFETY: the caller's contract.
+        unsafe { p.cast::<[u16; N]>().write_unaligned(map(v, |x| x as u16)) }
+    }
+    #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
         zip(a, b, |a, b| a + b)
     }
