@@ -133,4 +133,41 @@ impl OutRows {
             }
         }
     }
+
+    /// Writes whole vectors that are still in registers: columns from `col` on of a row; rounded and streamed as by [`OutRows::write_block`].
+    ///
+    /// # Safety
+    /// As [`OutRows::write_block`] for these columns.
+    #[inline(always)]
+    pub(crate) unsafe fn write_vectors<S: Simd>(
+        self,
+        s: S,
+        row: usize,
+        col: usize,
+        values: &[S::F],
+        stream: bool,
+    ) {
+        // A macro and not a closure, as above.
+        macro_rules! each_vector {
+            ($p:ident, $stride:ident, $to:ident, $v:ident => $store:expr) => {
+                for (i, &$v) in values.iter().enumerate() {
+                    let $to = $p.wrapping_add(row * $stride + col + i * S::LANES);
+                    $store;
+                }
+            };
+        }
+        // SAFETY: the caller's contract: whole vectors of columns are inside.
+        unsafe {
+            match self {
+                Self::F32(p, stride) if stream => each_vector!(p, stride, to, v => s.stream(to, v)),
+                Self::F32(p, stride) => each_vector!(p, stride, to, v => s.store(to, v)),
+                Self::F16(p, stride) => {
+                    each_vector!(p, stride, to, v => s.store_f16(to.cast(), v));
+                }
+                Self::BF16(p, stride) => {
+                    each_vector!(p, stride, to, v => s.store_u16(to.cast(), s.to_bf16(v)));
+                }
+            }
+        }
+    }
 }

@@ -88,11 +88,27 @@ impl Buckets {
         self.local + SINKS
     }
 
-    /// The counter of a pair. No branch.
+    /// Whether all ids from `low` to `high` are local.
+    fn hold(self, low: i32, high: i32) -> bool {
+        let inside = |id: i32| usize::try_from(id).is_ok_and(|id| self.range().contains(&id));
+        inside(low) && inside(high)
+    }
+
+    fn range(self) -> Range<usize> {
+        self.first as usize..self.first as usize + self.local
+    }
+
+    /// The counter of a pair of a local expert.
+    #[inline(always)]
+    fn of_local(self, id: i32) -> usize {
+        id.wrapping_sub_unsigned(self.first) as u32 as usize
+    }
+
+    /// The counter of any pair. No branch.
     #[inline(always)]
     fn of(self, pair: usize, id: i32) -> usize {
         // An id below the range, −1 included, wraps to a large number.
-        (id.wrapping_sub_unsigned(self.first) as u32 as usize).min(self.local + pair % SINKS)
+        self.of_local(id).min(self.local + pair % SINKS)
     }
 }
 
@@ -110,13 +126,20 @@ pub(crate) fn count(cpu: &Cpu, ids: &Ids, histograms: &mut [u32]) -> bool {
             histogram.fill(0);
             let chunk = &ids.ids[pairs_of(c)];
             // The extremes tell whether all are valid, and a loop over them alone is vectorised. −1 is always valid.
-            let (low, high) =
-                (chunk.iter()).fold((-1, -1), |(low, high), &id| (id.min(low), id.max(high)));
-            if !(ids.is_valid(low) && ids.is_valid(high)) {
+            let (low, high) = (chunk.iter()).fold((i32::MAX, -1), |(low, high), &id| {
+                (id.min(low), id.max(high))
+            });
+            if !(ids.is_valid(low.min(high)) && ids.is_valid(high)) {
                 all_valid.store(false, Ordering::Relaxed);
             }
-            for (pair, &id) in pairs_of(c).zip(chunk) {
-                histogram[buckets.of(pair, id)] += 1;
+            if buckets.hold(low, high) {
+                for &id in chunk {
+                    histogram[buckets.of_local(id)] += 1;
+                }
+            } else {
+                for (pair, &id) in pairs_of(c).zip(chunk) {
+                    histogram[buckets.of(pair, id)] += 1;
+                }
             }
         }
     });
@@ -142,17 +165,24 @@ pub(crate) fn scan(
         }
         row
     };
+    let (local, experts) = (ids.local.clone(), counts.len());
     let mut row = 0;
-    for (e, count) in counts.iter_mut().enumerate() {
-        offsets[e] = row;
-        let end = match ids.local.contains(&e) {
-            true => place(e - ids.local.start, row),
-            false => row,
+    offsets[..local.start].fill(0);
+    counts[..local.start].fill(0);
+    let all = offsets[local.clone()]
+        .iter_mut()
+        .zip(&mut counts[local.clone()]);
+    for (bucket, (offset, count)) in all.enumerate() {
+        *offset = row;
+        *count = place(bucket, row) - row;
+        // A division for each expert would be most of the work for one token.
+        row += match block {
+            1 => *count,
+            _ => count.next_multiple_of(block),
         };
-        *count = end - row;
-        row += count.next_multiple_of(block);
     }
-    offsets[counts.len()] = row;
+    offsets[local.end..=experts].fill(row);
+    counts[local.end..].fill(0);
     (buckets.local..buckets.len()).fold(row, |row, sink| place(sink, row))
 }
 
@@ -171,6 +201,7 @@ pub(crate) fn scatter(
     let (chunks, pairs_of) = ids.chunks();
     let buckets = ids.buckets();
     let next = SharedSlice::new(next);
+    let all_rows = pair_of_row.len();
     let pair_of_row = SharedSlice::new(pair_of_row);
     let row_of_pair = SharedSlice::new(row_of_pair);
     let tasks = TaskCounter::new(chunks);
@@ -184,7 +215,18 @@ pub(crate) fn scatter(
                     row_of_pair.range(pairs.clone()),
                 )
             };
-            for ((pair, &id), row_of) in pairs.clone().zip(&ids.ids[pairs]).zip(row_of_pair) {
+            let pairs = pairs.clone().zip(&ids.ids[pairs]).zip(row_of_pair);
+            if rows as usize == all_rows {
+                for ((pair, &id), row_of) in pairs {
+                    let next = &mut next[buckets.of_local(id)];
+                    *row_of = *next;
+                    // SAFETY: as below.
+                    unsafe { pair_of_row.set(*next as usize, pair as u32) };
+                    *next += 1;
+                }
+                continue;
+            }
+            for ((pair, &id), row_of) in pairs {
                 let next = &mut next[buckets.of(pair, id)];
                 let row = *next;
                 *next += 1;

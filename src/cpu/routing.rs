@@ -15,6 +15,7 @@
 //!    batches change a bit. Only capacity, expert choice and Doge's stacked product keys look at other tokens, because they are defined so.
 
 mod across;
+mod batch;
 mod logits;
 mod mixer;
 mod select;
@@ -106,13 +107,19 @@ impl<'a> Out<'a> {
     /// Token i of these: its part of each output.
     #[inline(always)]
     fn token(&mut self, i: usize, config: &RouterConfig) -> Out<'_> {
+        self.range(i, 1, config)
+    }
+
+    /// `tokens` of these from token i on.
+    #[inline(always)]
+    fn range(&mut self, i: usize, tokens: usize, config: &RouterConfig) -> Out<'_> {
         let (slots, shared) = (config.slots(), config.joint_shared);
         Out {
-            tokens: 1,
-            ids: &mut self.ids[i * slots..][..slots],
-            weights: &mut self.weights[i * slots..][..slots],
-            shared: &mut self.shared[i * shared..][..shared],
-            importance: self.importance.get_mut(i..i + 1).unwrap_or_default(),
+            tokens,
+            ids: &mut self.ids[i * slots..][..tokens * slots],
+            weights: &mut self.weights[i * slots..][..tokens * slots],
+            shared: &mut self.shared[i * shared..][..tokens * shared],
+            importance: self.importance.get_mut(i..i + tokens).unwrap_or_default(),
         }
     }
 }
@@ -133,6 +140,10 @@ pub(crate) struct Worker {
     /// Selected logits and their softmax.
     selected: Vec<Block>,
     sort: Vec<u64>,
+    /// Rows of a batch: logits that had to be copied, and values to rank.
+    batch_z: Vec<Block>,
+    batch_values: Vec<Block>,
+    room: Box<batch::Room>,
 }
 
 impl Worker {
@@ -172,6 +183,12 @@ impl Worker {
         self.selected
             .resize(2 * if mixer { row } else { blocks(config.slots()) }, zeros);
         self.sort.resize(sort, 0);
+        let batch = match config.selection {
+            Selection::TopK { .. } => raw * batch::batch_len(config),
+            _ => 0,
+        };
+        self.batch_z.resize(batch, zeros);
+        self.batch_values.resize(batch, zeros);
     }
 }
 
@@ -261,10 +278,45 @@ impl Op for RouteTokens<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        for i in 0..self.out.tokens {
-            let token = self.out.token(i, self.job.config);
-            route_token(s, self.job, self.first + i, self.worker, token);
+        let (job, tokens) = (self.job, self.out.tokens);
+        let plan = batch::Plan::new(job);
+        let step = plan.map_or(1, |_| batch::batch_len(job.config));
+        for first in (0..tokens).step_by(step) {
+            let mut out = self.out.range(first, step.min(tokens - first), job.config);
+            let t = self.first + first;
+            if let Some(plan) = &plan {
+                batch::route(s, job, plan, t, self.worker, &mut out);
+            }
+            for i in 0..out.tokens {
+                if plan.is_none_or(|plan| batch::is_strange(&plan, &self.worker.room, i)) {
+                    let (worker, out) = (&mut *self.worker, out.token(i, job.config));
+                    let t = t + i;
+                    s.outline(RouteToken {
+                        job,
+                        worker,
+                        t,
+                        out,
+                    });
+                }
+            }
         }
+    }
+}
+
+/// One token, the careful way.
+struct RouteToken<'a, 'o> {
+    job: &'a Job<'a>,
+    worker: &'a mut Worker,
+    t: usize,
+    out: Out<'o>,
+}
+
+impl Op for RouteToken<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        route_token(s, self.job, self.t, self.worker, self.out);
     }
 }
 

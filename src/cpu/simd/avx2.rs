@@ -4,16 +4,16 @@
 use super::{Op, Simd};
 use core::arch::x86_64::*;
 
-/// Proof that the CPU has avx2,fma,f16c.
+/// Proof that the CPU has avx2,fma,f16c,popcnt,bmi1,bmi2.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(());
 
-/// Runs `op` compiled with avx2,fma,f16c.
+/// Runs `op` compiled with avx2,fma,f16c,popcnt,bmi1,bmi2.
 ///
 /// # Safety
 /// The CPU has these features.
 #[inline(never)]
-#[target_feature(enable = "avx2,fma,f16c")]
+#[target_feature(enable = "avx2,fma,f16c,popcnt,bmi1,bmi2")]
 pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
     op.run(Avx2(()))
 }
@@ -226,4 +226,68 @@ impl Simd for Avx2 {
         // SAFETY: the token.
         unsafe { _mm256_movemask_ps(m) as u32 }
     }
+    #[inline(always)]
+    fn max_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm256_max_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn min_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm256_min_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn zip(self, a: Self::F, b: Self::F) -> (Self::F, Self::F) {
+        // SAFETY: the token.
+        unsafe {
+            // Halves: a0 b0 a1 b1 | a4 b4 a5 b5 and a2 b2 a3 b3 | a6 b6 a7 b7.
+            let (even, odd) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            (
+                _mm256_permute2f128_ps::<0x20>(even, odd),
+                _mm256_permute2f128_ps::<0x31>(even, odd),
+            )
+        }
+    }
+    #[inline(always)]
+    fn compress(self, m: Self::M, a: Self::I) -> Self::I {
+        let order = &FRONT[self.mask_bits(m) as usize & 255];
+        // SAFETY: the token, and eight bytes to read.
+        unsafe {
+            let order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(order.as_ptr().cast()));
+            _mm256_permutevar8x32_epi32(a, order)
+        }
+    }
+    // Loads only: stores under a mask are slow on older AMD cores.
+    #[inline(always)]
+    fn load_partial(self, s: &[f32], fill: f32) -> Self::F {
+        const FIRST: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+        if s.is_empty() {
+            // A load from nowhere does not fault, but the processor needs hundreds of cycles to see that.
+            return self.splat(fill);
+        }
+        let mask = self.load_slice_i(&FIRST[8 - s.len().min(8)..]);
+        // SAFETY: the token; lanes beyond the slice are masked, and masked lanes are not read.
+        unsafe {
+            let x = _mm256_maskload_ps(s.as_ptr(), mask);
+            _mm256_blendv_ps(_mm256_set1_ps(fill), x, _mm256_castsi256_ps(mask))
+        }
+    }
 }
+
+/// For each of the 256 masks, the lanes that are set, in their order, then zeros. 2 KiB: it stays in the cache while it is in use.
+static FRONT: [[u8; 8]; 256] = {
+    let mut table = [[0; 8]; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut lane, mut n) = (0, 0);
+        while lane < 8 {
+            if mask >> lane & 1 == 1 {
+                table[mask][n] = lane as u8;
+                n += 1;
+            }
+            lane += 1;
+        }
+        mask += 1;
+    }
+    table
+};

@@ -4,16 +4,16 @@
 use super::{Op, Simd};
 use core::arch::x86_64::*;
 
-/// Proof that the CPU has avx512f,avx2,fma,f16c.
+/// Proof that the CPU has avx512f,avx2,fma,f16c,popcnt,bmi1,bmi2.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(());
 
-/// Runs `op` compiled with avx512f,avx2,fma,f16c.
+/// Runs `op` compiled with avx512f,avx2,fma,f16c,popcnt,bmi1,bmi2.
 ///
 /// # Safety
 /// The CPU has these features.
 #[inline(never)]
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx2,fma,f16c,popcnt,bmi1,bmi2")]
 pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
     op.run(Avx512(()))
 }
@@ -247,5 +247,59 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn mask_bits(self, m: Self::M) -> u32 {
         u32::from(m)
+    }
+    #[inline(always)]
+    fn max_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_max_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn min_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_min_epi32(a, b) }
+    }
+    // One instruction, rounded once: the bits of the two halves.
+    #[inline(always)]
+    fn scale_by_power(self, a: Self::F, _n: Self::I, n_as_float: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { _mm512_scalef_ps(a, n_as_float) }
+    }
+    #[inline(always)]
+    fn zip(self, a: Self::F, b: Self::F) -> (Self::F, Self::F) {
+        // Lane l of a is number l, lane l of b number 16 + l.
+        const LOW: [i32; 16] = [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23];
+        const HIGH: [i32; 16] = [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31];
+        let (low, high) = (self.load_slice_i(&LOW), self.load_slice_i(&HIGH));
+        // SAFETY: the token.
+        unsafe {
+            (
+                _mm512_permutex2var_ps(a, low, b),
+                _mm512_permutex2var_ps(a, high, b),
+            )
+        }
+    }
+    #[inline(always)]
+    fn compress(self, m: Self::M, a: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { _mm512_maskz_compress_epi32(m, a) }
+    }
+    #[inline(always)]
+    fn load_partial(self, s: &[f32], fill: f32) -> Self::F {
+        let n = s.len().min(16) as u32;
+        if n == 0 {
+            // A load from nowhere does not fault, but the processor needs hundreds of cycles to see that.
+            return self.splat(fill);
+        }
+        // SAFETY: the token; lanes beyond the slice are masked, and masked lanes are not read.
+        unsafe { _mm512_mask_loadu_ps(_mm512_set1_ps(fill), ((1u32 << n) - 1) as u16, s.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store_partial(self, s: &mut [f32], v: Self::F) {
+        let n = s.len().min(16) as u32;
+        if n == 0 {
+            return;
+        }
+        // SAFETY: the token; lanes beyond the slice are masked, and masked lanes are not written.
+        unsafe { _mm512_mask_storeu_ps(s.as_mut_ptr(), ((1u32 << n) - 1) as u16, v) }
     }
 }

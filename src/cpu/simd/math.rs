@@ -38,8 +38,8 @@ fn power_of_two<S: Simd>(s: S, n: S::I) -> S::F {
 
 /// eˣ; error ≤ 0.9 ulp, subnormal results included; 0 below −103.98, ∞ above 88.72.
 ///
-/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ = 1 + r + r²·q(r), and 2ⁿ is applied in two exact halves, so that only the last multiplication rounds
-/// when the result is subnormal and n = 128 needs no special case.
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ = 1 + r + r²·q(r), and 2ⁿ is applied so that the result rounds once, subnormal ones included
+/// ([`Simd::scale_by_power`]).
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     // e^-104 already rounds to 0 and e^89 to infinity.
@@ -61,9 +61,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
         ],
     );
     let p = s.fma(r, s.fma(r, q, s.splat(1.0)), s.splat(1.0));
-    let half = s.sar::<1>(n);
-    let rest = s.sub_i(n, half);
-    s.mul(s.mul(p, power_of_two(s, half)), power_of_two(s, rest))
+    s.scale_by_power(p, n, nf)
 }
 
 /// k·ln 2 + ln(1 + f) for √½ − 1 ≤ f ≤ √2 − 1.
@@ -359,6 +357,12 @@ impl<S: Simd> Lanes32<S> {
         }
     }
 
+    /// s[l] = s[l] + x[l] for the lanes of vector `v` of a block.
+    #[inline(always)]
+    pub(crate) fn add_vector(&mut self, s: S, v: usize, x: S::F) {
+        self.vectors[v] = s.add(self.vectors[v], x);
+    }
+
     /// s[l] = a[l]·b[l] + s[l], rounded once.
     #[inline(always)]
     pub(crate) fn add_product(
@@ -408,8 +412,22 @@ impl<S: Simd> Lanes32<S> {
         lanes[0]
     }
 
+    /// The first levels of the butterfly, down to one vector.
     #[inline(always)]
-    fn lanes(self, s: S) -> [f32; REDUCTION_LANES] {
+    pub(crate) fn fold(mut self, s: S) -> S::F {
+        let mut left = Self::USED;
+        while left > 1 {
+            left /= 2;
+            for v in 0..left {
+                self.vectors[v] = s.add(self.vectors[v], self.vectors[v + left]);
+            }
+        }
+        self.vectors[0]
+    }
+
+    /// The partial results.
+    #[inline(always)]
+    pub(crate) fn lanes(self, s: S) -> [f32; REDUCTION_LANES] {
         let mut lanes = [0.0; REDUCTION_LANES];
         for v in 0..Self::USED {
             s.store_slice(&mut lanes[v * S::LANES..], self.vectors[v]);

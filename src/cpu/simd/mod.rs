@@ -281,6 +281,45 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn max_i(self, a: Self::I, b: Self::I) -> Self::I {
         self.select_i(self.gt_i(a, b), a, b)
     }
+    /// The smaller of two integers.
+    #[inline(always)]
+    fn min_i(self, a: Self::I, b: Self::I) -> Self::I {
+        self.select_i(self.gt_i(a, b), b, a)
+    }
+    /// a·2ⁿ, rounded once, for 0.5 ≤ |a| < 2 and −252 ≤ n ≤ 254; n comes as integers and as floats. Two exact halves, so that only the last
+    /// multiplication rounds when the result is subnormal, and n = 128 needs no special case.
+    #[inline(always)]
+    fn scale_by_power(self, a: Self::F, n: Self::I, _n_as_float: Self::F) -> Self::F {
+        let half = self.sar::<1>(n);
+        let rest = self.sub_i(n, half);
+        let bias = self.splat_i(127);
+        let half = self.from_bits(self.shl::<23>(self.add_i(half, bias)));
+        let rest = self.from_bits(self.shl::<23>(self.add_i(rest, bias)));
+        self.mul(self.mul(a, half), rest)
+    }
+    /// Interleaves: `[a0 b0 a1 b1 …]` up to the middle of both, and from there.
+    #[inline(always)]
+    fn zip(self, a: Self::F, b: Self::F) -> (Self::F, Self::F) {
+        let (mut x, mut y, mut z) = ([0.0; MAX_LANES], [0.0; MAX_LANES], [0.0; 2 * MAX_LANES]);
+        self.store_slice(&mut x, a);
+        self.store_slice(&mut y, b);
+        for l in 0..Self::LANES {
+            (z[2 * l], z[2 * l + 1]) = (x[l], y[l]);
+        }
+        (self.load_slice(&z), self.load_slice(&z[Self::LANES..]))
+    }
+    /// The lanes where `m`, in their order, at the front; what follows them is unspecified.
+    #[inline(always)]
+    fn compress(self, m: Self::M, a: Self::I) -> Self::I {
+        let (mut from, mut to) = ([0; MAX_LANES], [0; MAX_LANES]);
+        self.store_slice_i(&mut from, a);
+        let (bits, mut n) = (self.mask_bits(m), 0);
+        for (l, &x) in from[..Self::LANES].iter().enumerate() {
+            to[n] = x;
+            n += (bits >> l & 1) as usize;
+        }
+        self.load_slice_i(&to)
+    }
 }
 
 /// A computation that runs on any instruction set.

@@ -232,4 +232,19 @@ impl Simd for Neon {
             }
         }
     }
+    #[inline(always)]
+    fn max_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vmaxq_s32(a, b) }
+    }
+    #[inline(always)]
+    fn min_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: the token.
+        unsafe { vminq_s32(a, b) }
+    }
+    #[inline(always)]
+    fn zip(self, a: Self::F, b: Self::F) -> (Self::F, Self::F) {
+        // SAFETY: the token.
+        unsafe { (vzip1q_f32(a, b), vzip2q_f32(a, b)) }
+    }
 }
