@@ -325,7 +325,7 @@ impl<'a> CombineTokens<'a> {
                 *v = s.add(*v, r);
             }
         }
-        // SAFETY (of both): column col + n ≤ H of a token of this task; see `run`. `stream` is asked for there, and col is a multiple of 64.
+        // SAFETY: in both cases column col + n ≤ H of a token of this task; see `run`. `stream` is asked for there, and col is a multiple of 64.
         unsafe {
             if n == BLOCK {
                 let v = &v[..BLOCK / S::LANES];
