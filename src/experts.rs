@@ -8,7 +8,9 @@
 use crate::cpu::Cpu;
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::grouped_gemm::{Activation, Gather, Groups, PackedMatrices, grouped_gemm_into};
+use crate::grouped_gemm::{
+    Activation, Gather, Groups, PackedMatrices, experts_into, grouped_gemm_into,
+};
 use crate::matrix::{AnyMatMut, AnyMatRef};
 
 /// One expert's weights as the caller has them: strided views, out-features first.
@@ -247,5 +249,32 @@ impl PackedExperts {
         scratch: &mut [u8],
     ) -> Result<()> {
         grouped_gemm_into(cpu, h, None, &self.down, groups, None, ys, scratch)
+    }
+    /// Both: [`up_into`](Self::up_into), then [`down_into`](Self::down_into), with the same bits but sharing the work out once: what the layer calls.
+    ///
+    /// # Errors
+    /// As [`grouped_gemm_into`], naming `h` or `ys`; nothing is written then.
+    pub fn forward_into(
+        &self,
+        cpu: &Cpu,
+        x: AnyMatRef<'_>,
+        gather: Option<Gather<'_>>,
+        groups: Groups<'_>,
+        h: AnyMatMut<'_>,
+        ys: AnyMatMut<'_>,
+        scratch: &mut [u8],
+    ) -> Result<()> {
+        let weights = (&self.up, &self.down);
+        experts_into(
+            cpu,
+            x,
+            gather,
+            weights,
+            groups,
+            self.activation,
+            h,
+            ys,
+            scratch,
+        )
     }
 }

@@ -490,13 +490,86 @@ pub fn grouped_gemm_into(
     out: AnyMatMut<'_>,
     scratch: &mut [u8],
 ) -> Result<()> {
+    check_product(cpu, &x, gather.as_ref(), weights, &groups, activation)?;
+    out.expect("out", groups.total_rows(), weights.n())?;
+    check_scratch(cpu, scratch)?;
+    kernel::run(
+        cpu,
+        rows_of(x, gather),
+        weights,
+        groups,
+        activation,
+        out,
+        scratch,
+    );
+    Ok(())
+}
+
+/// Both products of experts, `h = act(A · W_upᵀ + b)` and `ys = h · W_downᵀ + b`: the same bits as two calls of [`grouped_gemm_into`], in one parallel
+/// region. `h` is `[rows, I]`, in x's format as a rule; `ys` is `[rows, N]`.
+///
+/// # Errors
+/// An [`Error`] that names the argument; nothing is written then.
+pub(crate) fn experts_into(
+    cpu: &Cpu,
+    x: AnyMatRef<'_>,
+    gather: Option<Gather<'_>>,
+    (up, down): (&PackedMatrices, &PackedMatrices),
+    groups: Groups<'_>,
+    activation: Activation,
+    h: AnyMatMut<'_>,
+    ys: AnyMatMut<'_>,
+    scratch: &mut [u8],
+) -> Result<()> {
+    check_product(cpu, &x, gather.as_ref(), up, &groups, Some(activation))?;
+    down.check_isa("weights", cpu)?;
+    let rows = groups.total_rows();
+    h.expect("h", rows, up.n())?;
+    let (expected, found) = ([up.len(), up.n()], [down.len(), down.k()]);
+    if expected != found || down.is_gated() {
+        return Err(Error::shape("down", expected, found));
+    }
+    ys.expect("ys", rows, down.n())?;
+    check_scratch(cpu, scratch)?;
+    let source = rows_of(x, gather);
+    kernel::run_experts(cpu, source, (up, down), groups, activation, h, ys, scratch);
+    Ok(())
+}
+
+fn rows_of<'a>(x: AnyMatRef<'a>, gather: Option<Gather<'a>>) -> RowSource<'a> {
+    let mut source = RowSource::new(x);
+    source.gather = gather.map(|g| (g.pair_of_row, g.slots));
+    source.scale = gather.and_then(|g| g.input_scale);
+    source
+}
+
+fn check_scratch(cpu: &Cpu, scratch: &[u8]) -> Result<()> {
+    let needed = scratch_bytes(cpu);
+    if scratch.len() < needed {
+        return Err(Error::BufferTooSmall {
+            argument: "scratch",
+            needed,
+            found: scratch.len(),
+        });
+    }
+    Ok(())
+}
+
+/// The operands of a product, but for where it goes.
+fn check_product(
+    cpu: &Cpu,
+    x: &AnyMatRef<'_>,
+    gather: Option<&Gather<'_>>,
+    weights: &PackedMatrices,
+    groups: &Groups<'_>,
+    activation: Option<Activation>,
+) -> Result<()> {
     weights.check_isa("weights", cpu)?;
     let experts = weights.len();
     if experts == 0 {
         return Err(Error::value("weights", "at least one matrix", 0));
     }
     groups.validate(experts)?;
-    let rows = groups.total_rows();
     if x.cols() != weights.k() {
         return Err(Error::shape(
             "x",
@@ -505,8 +578,8 @@ pub fn grouped_gemm_into(
         ));
     }
     match gather {
-        Some(gather) => check_gather(&gather, &groups, x.rows())?,
-        None => x.expect("x", rows, weights.k())?,
+        Some(gather) => check_gather(gather, groups, x.rows())?,
+        None => x.expect("x", groups.total_rows(), weights.k())?,
     }
     match activation {
         Some(activation) => {
@@ -518,30 +591,15 @@ pub fn grouped_gemm_into(
                     activation.gated,
                 ));
             }
+            Ok(())
         }
-        None if weights.is_gated() => {
-            return Err(Error::value(
-                "activation",
-                "one, since the weights are gated",
-                "none",
-            ));
-        }
-        None => {}
+        None if weights.is_gated() => Err(Error::value(
+            "activation",
+            "one, since the weights are gated",
+            "none",
+        )),
+        None => Ok(()),
     }
-    out.expect("out", rows, weights.n())?;
-    let needed = scratch_bytes(cpu);
-    if scratch.len() < needed {
-        return Err(Error::BufferTooSmall {
-            argument: "scratch",
-            needed,
-            found: scratch.len(),
-        });
-    }
-    let mut source = RowSource::new(x);
-    source.gather = gather.map(|g| (g.pair_of_row, g.slots));
-    source.scale = gather.and_then(|g| g.input_scale);
-    kernel::run(cpu, source, weights, groups, activation, out, scratch);
-    Ok(())
 }
 
 fn check_gather(gather: &Gather<'_>, groups: &Groups<'_>, tokens: usize) -> Result<()> {

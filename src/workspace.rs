@@ -2,8 +2,8 @@
 
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::matrix::{AnyMatMut, AnyMatRef, MatMut, MatRef};
-use bytemuck::{cast_slice, cast_slice_mut};
+use crate::matrix::{AnyMatMut, MatMut};
+use bytemuck::cast_slice_mut;
 
 /// Pieces begin at cache lines, so that threads that write neighbouring pieces do not share one.
 const ALIGN: usize = 64;
@@ -88,19 +88,5 @@ pub(crate) fn any_mat_mut(
         DType::F32 => MatMut::<f32>::new(cast_slice_mut(bytes), rows, cols)?.into(),
         DType::F16 => MatMut::<half::f16>::new(cast_slice_mut(bytes), rows, cols)?.into(),
         DType::BF16 => MatMut::<half::bf16>::new(cast_slice_mut(bytes), rows, cols)?.into(),
-    })
-}
-
-/// As [`any_mat_mut`], to read.
-pub(crate) fn any_mat(
-    bytes: &[u8],
-    dtype: DType,
-    rows: usize,
-    cols: usize,
-) -> Result<AnyMatRef<'_>> {
-    Ok(match dtype {
-        DType::F32 => MatRef::<f32>::new(cast_slice(bytes), rows, cols)?.into(),
-        DType::F16 => MatRef::<half::f16>::new(cast_slice(bytes), rows, cols)?.into(),
-        DType::BF16 => MatRef::<half::bf16>::new(cast_slice(bytes), rows, cols)?.into(),
     })
 }

@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::product::{Stored, chain, flushed};
 use common::{Rng, assert_same_bits, bits, cases, cpus, with_threads};
 use half::{bf16, f16};
 use moe_kernels::experts::{ExpertWeights, PackedExperts};
@@ -10,28 +11,8 @@ use moe_kernels::grouped_gemm::{
     scratch_bytes,
 };
 use moe_kernels::reference;
-use moe_kernels::{AnyMatMut, AnyMatRef, Cpu, DType, Error, Isa, MatMut, MatRef};
+use moe_kernels::{AnyMatRef, Cpu, DType, Error, Isa, MatMut, MatRef};
 use proptest::prelude::*;
-
-/// The definition of one output element: a chain of FMAs in the documented order.
-fn chain(dtype: DType, a: &[f32], w: &[f32]) -> f32 {
-    let mut sum = 0.0f32;
-    match dtype {
-        DType::BF16 => {
-            let at = |v: &[f32], k: usize| v.get(k).copied().unwrap_or(0.0);
-            for k in (0..a.len()).step_by(2) {
-                sum = at(a, k + 1).mul_add(at(w, k + 1), sum);
-                sum = a[k].mul_add(w[k], sum);
-            }
-        }
-        _ => {
-            for (x, w) in a.iter().zip(w) {
-                sum = x.mul_add(*w, sum);
-            }
-        }
-    }
-    sum
-}
 
 fn round_to(dtype: DType, v: &[f32]) -> Vec<f32> {
     v.iter()
@@ -280,60 +261,6 @@ fn nan_passes_through_every_activation() {
             }
         }
     }
-}
-
-/// x in any format, as its own matrix.
-enum Stored {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    BF16(Vec<bf16>),
-}
-
-impl Stored {
-    fn new(dtype: DType, v: &[f32]) -> Self {
-        match dtype {
-            DType::F16 => Self::F16(v.iter().map(|&x| f16::from_f32(x)).collect()),
-            DType::BF16 => Self::BF16(v.iter().map(|&x| bf16::from_f32(x)).collect()),
-            _ => Self::F32(v.to_vec()),
-        }
-    }
-
-    fn view(&self, rows: usize, cols: usize) -> AnyMatRef<'_> {
-        match self {
-            Self::F32(v) => MatRef::new(v, rows, cols).unwrap().into(),
-            Self::F16(v) => MatRef::new(v, rows, cols).unwrap().into(),
-            Self::BF16(v) => MatRef::new(v, rows, cols).unwrap().into(),
-        }
-    }
-
-    fn view_mut(&mut self, rows: usize, cols: usize) -> AnyMatMut<'_> {
-        match self {
-            Self::F32(v) => MatMut::new(v, rows, cols).unwrap().into(),
-            Self::F16(v) => MatMut::new(v, rows, cols).unwrap().into(),
-            Self::BF16(v) => MatMut::new(v, rows, cols).unwrap().into(),
-        }
-    }
-
-    fn to_f32(&self) -> Vec<f32> {
-        match self {
-            Self::F32(v) => v.clone(),
-            Self::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
-            Self::BF16(v) => v.iter().map(|x| x.to_f32()).collect(),
-        }
-    }
-}
-
-/// bf16 subnormals (f32 with a zero exponent) as the contract reads them.
-fn flushed(v: &[f32]) -> Vec<f32> {
-    v.iter()
-        .map(|x| {
-            if x.to_bits() & 0x7f80_0000 == 0 {
-                f32::copysign(0.0, *x)
-            } else {
-                *x
-            }
-        })
-        .collect()
 }
 
 proptest! {

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::grouped_gemm::{Gather, Groups};
 use crate::matrix::{AnyMatMut, AnyMatRef, MatMut, MatRef};
 use crate::routing::{NullExperts, RouteInput, Routing};
-use crate::workspace::{any_mat, any_mat_mut};
+use crate::workspace::any_mat_mut;
 
 /// Where a call gets its routing from.
 #[derive(Clone, Copy, Debug, Default)]
@@ -334,14 +334,11 @@ impl MoeLayer {
             slots: routing.slots(),
             input_scale: self.weight_on_input.then(|| routing.weights()),
         };
-        let h_bytes = &mut h[..rows * i * dtype.size()];
-        let h = any_mat_mut(h_bytes, dtype, rows, i)?;
-        self.experts
-            .up_into(cpu, x, Some(gather), groups, h, scratch)?;
-        let h = any_mat(h_bytes, dtype, rows, i)?;
+        let h = any_mat_mut(&mut h[..rows * i * dtype.size()], dtype, rows, i)?;
         let ys = &mut ys[..rows * l];
         let out = MatMut::new(&mut *ys, rows, l)?.into();
-        self.experts.down_into(cpu, h, groups, out, scratch)?;
+        self.experts
+            .forward_into(cpu, x, Some(gather), groups, h, out, scratch)?;
         if let Some(norm) = &self.post_norm {
             normalize_rows(cpu, ys, norm);
         }

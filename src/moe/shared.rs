@@ -9,7 +9,7 @@ use crate::experts::PackedExperts;
 use crate::grouped_gemm::{Groups, PackedMatrices};
 use crate::matrix::{AnyMatRef, MatMut, MatRef};
 use crate::routing::Routing;
-use crate::workspace::{any_mat, any_mat_mut};
+use crate::workspace::any_mat_mut;
 
 /// How the shared experts' output S(x) joins the routed sum.
 #[derive(Clone, Debug)]
@@ -90,12 +90,11 @@ impl SharedExperts {
                 expert,
             };
             let width = self.experts.intermediate();
-            let h_out = any_mat_mut(h, x.dtype(), tokens, width)?;
-            self.experts.up_into(cpu, x, None, groups, h_out, scratch)?;
-            let h_in = any_mat(h, x.dtype(), tokens, width)?;
+            let h = any_mat_mut(h, x.dtype(), tokens, width)?;
             let out = if n == 1 { &mut *sum } else { &mut *single };
             let out = MatMut::new(out, tokens, hidden)?.into();
-            self.experts.down_into(cpu, h_in, groups, out, scratch)?;
+            self.experts
+                .forward_into(cpu, x, None, groups, h, out, scratch)?;
             let gamma = |t: usize| match self.combine {
                 SharedCombine::RouterWeighted => routing.shared_weights()[t * n + expert],
                 _ => 1.0,

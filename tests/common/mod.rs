@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses its own part
 
 pub mod layers;
+pub mod product;
 
 use moe_kernels::{Cpu, Isa};
 use proptest::test_runner::Config;
@@ -74,11 +75,16 @@ pub fn isas() -> Vec<Isa> {
     isas
 }
 
-/// One `Cpu` for each ISA under test.
+/// One `Cpu` for each ISA under test, and one that widens bf16 where the CPU has native instructions for it.
 pub fn cpus() -> Vec<Cpu> {
     isas()
         .into_iter()
         .map(|isa| Cpu::with_isa(isa).unwrap())
+        .flat_map(|cpu| {
+            let widening = cpu.native_bf16().then(|| cpu.without_native_bf16());
+            [Some(cpu), widening]
+        })
+        .flatten()
         .collect()
 }
 

@@ -173,8 +173,10 @@ mod tests {
             let units = Units::new(&groups, panels, 2);
             let mut workers = [Runs::new(&units, groups), Runs::new(&units, groups)];
             let mut seen = vec![0; offsets.last().unwrap() * panels];
-            let mut turn = 0;
-            while let Some(run) = workers[turn % 2].next() {
+            for turn in 0.. {
+                let Some(run) = workers[turn % 2].next() else {
+                    break;
+                };
                 assert!(run.rows.len() <= MC && !run.rows.is_empty());
                 let whole = groups.rows_of(run.expert);
                 assert!(whole.start <= run.rows.start && run.rows.end <= whole.end);
@@ -184,7 +186,6 @@ mod tests {
                         seen[r * panels + p] += 1;
                     }
                 }
-                turn += 1;
             }
             assert!(workers.iter_mut().all(|w| w.next().is_none()));
             units.wait();

@@ -54,7 +54,8 @@ impl Simd for Avx512 {
     unsafe fn dot_bf16(self, c: Self::F, a: Self::I, b: Self::I) -> Self::F {
         // SAFETY: the caller's contract; both types are 512 bits of anything.
         unsafe {
-            let (a, b) = (core::mem::transmute(a), core::mem::transmute(b));
+            let a = core::mem::transmute::<__m512i, __m512bh>(a);
+            let b = core::mem::transmute::<__m512i, __m512bh>(b);
             _mm512_dpbf16_ps(c, a, b)
         }
     }
