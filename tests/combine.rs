@@ -10,9 +10,17 @@ use moe_kernels::permute::NO_ROW;
 use moe_kernels::{AnyMatRef, Cpu, MatMut, MatRef, reference};
 use proptest::prelude::*;
 
-/// Widths around the block of 32 columns and the vectors of 4, 8 and 16.
+/// Widths around the vectors of 4, 8 and 16, the blocks of 32, 64 and 256 columns, and the 512 after which the next token's rows are asked for.
 fn widths() -> impl Strategy<Value = usize> {
-    prop::sample::select(vec![1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100])
+    prop::sample::select(vec![
+        1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 255, 256, 257, 300, 511, 512, 513,
+        600,
+    ])
+}
+
+/// Slots around those for which blocks are short (4) and those that are summed in registers (16).
+fn slots() -> impl Strategy<Value = usize> {
+    prop::sample::select(vec![1, 2, 3, 4, 5, 8, 15, 16, 17, 20])
 }
 
 /// `tokens × slots` pairs whose rows are a shuffle, one in five without a row.
@@ -92,7 +100,7 @@ proptest! {
     fn bits_are_one_chain_in_slot_order(
         seed: u64,
         tokens in prop::sample::select(vec![0usize, 1, 2, 15, 16, 17, 40]),
-        slots in 1..6usize,
+        slots in slots(),
         width in widths(),
     ) {
         let p = Problem::new(seed, tokens, slots, width);
@@ -127,8 +135,9 @@ proptest! {
         with_norm: bool,
         with_bias: bool,
         with_residual: bool,
+        many_slots: bool,
     ) {
-        let p = Problem::new(seed, tokens, 2, width);
+        let p = Problem::new(seed, tokens, if many_slots { 17 } else { 2 }, width);
         let mut rng = Rng(seed ^ 1);
         let (s, gate) = (rng.normals(tokens * width), rng.normals(tokens));
         let (bias, residual) = (rng.normals(width), rng.normals(tokens * width));
@@ -216,6 +225,39 @@ proptest! {
             for (n, e) in narrow.iter().zip(&expected) {
                 prop_assert_eq!(n.to_bits(), bf16::from_f32(*e).to_bits());
             }
+        }
+    }
+}
+
+/// Weights and rows that are not finite reach the columns that they belong to, and no others: what fills up a vector stays out of the norm's sum.
+#[test]
+fn infinite_weights_do_not_reach_beyond_the_row() {
+    for (width, slots) in [(1, 2), (33, 2), (65, 8), (257, 8), (257, 17)] {
+        let mut p = Problem::new(3, 5, slots, width);
+        p.row_of_pair = (0..5 * slots as u32).collect();
+        p.weights[0] = f32::INFINITY;
+        p.ys[..width].fill(0.5);
+        p.ys[width * slots] = f32::NAN;
+        let norm = RmsNorm::new(&vec![1.0; width], 1e-5).unwrap();
+        let with_norm = Combine {
+            norm: Some(&norm),
+            ..Combine::new(p.routed())
+        };
+        let chain = p.chain();
+        let mut first: Option<Vec<f32>> = None;
+        for cpu in cpus() {
+            assert_same_bits(
+                &p.run(&cpu, &Combine::new(p.routed())),
+                &chain,
+                cpu.isa().name(),
+            );
+            let found = p.run(&cpu, &with_norm);
+            // ∞ / ∞ in token 0, NaN in the mean of token 1, numbers elsewhere.
+            for (i, y) in found.iter().enumerate() {
+                assert_eq!(y.is_nan(), i / width < 2, "{}: {i}: {y}", cpu.isa());
+            }
+            let first = first.get_or_insert_with(|| found.clone());
+            assert_same_bits(&found, first, cpu.isa().name());
         }
     }
 }

@@ -2,70 +2,86 @@
 //!
 //! The easy version, for each token: `y = Σ_slot weight · ys[row]`, slot after slot over the whole row, then what follows. Then:
 //!
-//! 1. a token is worked through in blocks of 64 columns that stay in registers from the first slot to the store: each row of ys is read once, y is
-//!    written once, nothing goes through memory in between. K rows are read side by side, which the hardware's prefetchers follow: slot after slot
-//!    through a buffer of y reached 45% of the read bandwidth on one core at K = 8, this 95%;
-//! 2. few rows are few streams: up to [`PREFETCH_SLOTS`] of them are asked for [`PREFETCH`] columns ahead (K = 2: 97% instead of 80%; at K = 8 it costs 11%);
+//! 1. a token is worked through in blocks of columns that stay in registers from the first slot to the last: each row of ys is read once, y is
+//!    written once, nothing goes through memory in between;
+//! 2. K rows are K streams of memory, which end every few kilobytes, and the hardware's prefetchers begin anew with each row. So each is asked for [`AHEAD`]
+//!    columns ahead, and beyond its end the row of the same slot of the next token;
 //! 3. a large y is written past the caches: otherwise every line of it is read before it is written, which is a quarter of all traffic at K = 2.
-//!    A small one stays in the cache for who reads it next.
+//!    A small one stays in the cache for who reads it next;
+//! 4. where nothing follows the sum, the registers are stored as they are. Else the block goes through the first-level cache, and each later step is one pass
+//!    over it: a chain of optional steps on a block in registers made the compiler keep the block in memory for all of them.
 //!
 //! A norm needs the sum of squares of the finished row first; the row is then computed twice, which costs less than a buffer that every caller would
 //! have to bring, and gives the same bits twice.
+//!
+//! What lost, on one Zen 5 core at T = 4096, H = 2048, K = 8, of the read bandwidth: row after row through a buffer of y 53%, although asked for ahead; slices instead of pointers, looked up
+//! for each block, 69% (the bookkeeping fills the window in which loads are seen early); f32 in blocks of 4, 8, 16 vectors 78%, 80%, 85%, and bf16 79%, 76%, 72%, since
+//! rounding comes in bursts; rounding a block between the rows of the next one 73%; asking for lines with the hints for the second level 81%.
 #![allow(unsafe_code)] // disjoint writes to one output from several threads
 
 use super::Cpu;
+use super::caches::caches;
 use super::out_rows::OutRows;
 use super::parallel::{TaskCounter, for_each_worker};
-use super::simd::{Op, Simd, dispatch, math};
+use super::simd::math::{self, REDUCTION_LANES};
+use super::simd::{MAX_LANES, Op, Simd, dispatch};
 use crate::combine::{Combine, Identity, Routed, Shared};
+use crate::element::DType;
 use crate::matrix::{AnyMatMut, MatRef};
 use crate::norm::RmsNorm;
 use crate::permute::NO_ROW;
+use core::marker::PhantomData;
 use core::ops::Range;
 
-/// Columns of a block: four lines of each row at a time. (Two lines: 57% of the read bandwidth on one core at K = 8 instead of 95%.) A multiple of the
-/// chains of a reduction.
-const BLOCK: usize = 64;
+/// The most columns of a block, on any instruction set. A block has whole groups of the 32 chains of a reduction.
+const MAX_BLOCK: usize = 16 * MAX_LANES;
+/// How many columns ahead rows are asked for: the 2 KiB that one stream needs to be on its way at full bandwidth.
+const AHEAD: usize = 512;
+/// The most rows of a token that are summed in registers.
+const MAX_ROWS: usize = 16;
+/// Floats of a cache line.
+const LINE: usize = 16;
 /// Tokens of a task: enough work to be worth handing out, few enough to balance.
 const TOKENS: usize = 16;
 
-/// The most rows of a token that are asked for ahead of time, and how many columns ahead.
-const PREFETCH_SLOTS: usize = 4;
-const PREFETCH: usize = 512;
-/// Floats of a cache line.
-const LINE: usize = 16;
-/// The most rows that are looked up before the loop over columns; a token with more looks them up for each block.
-const MAX_ROWS: usize = 16;
-/// Bytes of y from which it is written past the caches: more than a core's share of the last one.
-const STREAM_BYTES: usize = 8 << 20;
+/// The most slots of a token for which blocks are short.
+const FEW_SLOTS: usize = 4;
 
-/// A block in registers: `BLOCK / LANES` of them are used.
-type Vectors<S> = [<S as Simd>::F; BLOCK / 4];
+/// Columns of a block of `V` vectors.
+const fn block_len<S: Simd, const V: usize>() -> usize {
+    V * S::LANES
+}
 
 /// Runs a checked combine; see [`crate::combine::combine_into`].
 pub(crate) fn run(cpu: &Cpu, operands: &Combine<'_>, mut out: AnyMatMut<'_>) {
+    // ys passes through the last-level cache too, so that half of it holds no y that is as large as that.
+    run_streaming(cpu, operands, &mut out, caches().l3 / 4);
+}
+
+/// The same; y goes past the caches if it has so many bytes.
+fn run_streaming(cpu: &Cpu, operands: &Combine<'_>, out: &mut AnyMatMut<'_>, stream_bytes: usize) {
     let (tokens, hidden) = (out.rows(), out.cols());
     if hidden == 0 {
         return;
     }
     let chunks = tokens.div_ceil(TOKENS);
     let tasks = TaskCounter::new(chunks);
-    let large = tokens
+    let bytes = tokens
         .saturating_mul(hidden)
-        .saturating_mul(size_of::<f32>())
-        >= STREAM_BYTES;
-    let out = OutRows::new(&mut out);
+        .saturating_mul(out.dtype().size());
+    let out = OutRows::new(out);
+    let stream = bytes >= stream_bytes && out.begins_lines();
     for_each_worker(cpu.threads().min(chunks), &|_| {
         while let Some(chunk) = tasks.take() {
             let first = chunk * TOKENS;
             let tokens = first..tokens.min(first + TOKENS);
-            // SAFETY (of the writes inside): each chunk of tokens is taken once, and `out` is borrowed by this call.
+            // Each chunk of tokens is taken once, and `out` is borrowed by this call: what the writes inside rest on.
             dispatch(
                 cpu.isa(),
                 CombineTokens {
                     operands,
                     out,
-                    large,
+                    stream,
                     tokens,
                     hidden,
                 },
@@ -78,10 +94,89 @@ pub(crate) fn run(cpu: &Cpu, operands: &Combine<'_>, mut out: AnyMatMut<'_>) {
 struct CombineTokens<'a> {
     operands: &'a Combine<'a>,
     out: OutRows,
-    /// Whether y is too large for the caches.
-    large: bool,
+    /// Whether y goes past the caches; only where its rows begin at cache lines.
+    stream: bool,
     tokens: Range<usize>,
     hidden: usize,
+}
+
+/// The rows of a token with their weights, in slot order: pointers, so that a block costs few instructions beside its loads and many lines of
+/// memory are on their way at once.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    /// First elements; each row has as many as ys has columns. Beyond `count` they are only good for a prefetch.
+    rows: [(f32, *const f32); MAX_ROWS],
+    count: usize,
+    columns: usize,
+    borrow: PhantomData<&'a [f32]>,
+}
+
+impl<'a> Rows<'a> {
+    /// Those of token `t`, where they are few and all of ys.
+    fn new(routed: &Routed<'a>, t: usize) -> Option<Self> {
+        let Routed::Pairs {
+            ys,
+            weights,
+            row_of_pair,
+            slots,
+            identity: None,
+        } = routed
+        else {
+            return None;
+        };
+        if *slots > MAX_ROWS {
+            return None;
+        }
+        let mut rows = Self {
+            rows: [(0.0, ys.as_raw().0.cast()); MAX_ROWS],
+            count: 0,
+            columns: ys.cols(),
+            borrow: PhantomData,
+        };
+        for pair in t * slots..(t + 1) * slots {
+            let r = row_of_pair[pair];
+            if r != NO_ROW {
+                let weight = weights.map_or(1.0, |w| w[pair]);
+                rows.rows[rows.count] = (weight, columns(ys, r as usize, 0, ys.cols()).as_ptr());
+                rows.count += 1;
+            }
+        }
+        Some(rows)
+    }
+
+    /// Σ weight · row for the whole block at `col`; asks for what comes [`AHEAD`] columns later, in these rows or at the beginning of the `next` ones.
+    #[inline(always)]
+    fn chain<S: Simd, const V: usize>(&self, s: S, next: &Self, col: usize) -> [S::F; V] {
+        assert!(col + block_len::<S, V>() <= self.columns);
+        let then = col + AHEAD;
+        let (ahead, then) = match then < self.columns {
+            true => (self, then),
+            false => (next, then - self.columns),
+        };
+        let mut acc = [s.splat(0.0); V];
+        for (&(weight, row), &(_, ahead)) in self.rows[..self.count].iter().zip(&ahead.rows) {
+            // Beyond the end of a row is as good a guess as any.
+            for line in (0..block_len::<S, V>()).step_by(LINE) {
+                s.prefetch(ahead.wrapping_add(then + line).cast());
+            }
+            let weight = s.splat(weight);
+            for (i, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: `new` took the pointer from a row of so many columns, which is borrowed for 'a; the block ends inside them, as asserted.
+                let values = unsafe { s.load(row.add(col + i * S::LANES)) };
+                *acc = s.fma(weight, values, *acc);
+            }
+        }
+        acc
+    }
+}
+
+/// Columns of one token.
+#[derive(Clone, Copy)]
+struct Place {
+    t: usize,
+    col: usize,
+    /// At most [`block_len`].
+    n: usize,
 }
 
 impl Op for CombineTokens<'_> {
@@ -89,196 +184,101 @@ impl Op for CombineTokens<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let stream = self.large && self.out.can_stream();
-        for t in self.tokens.clone() {
-            let rows = self.rows(t);
-            let rows = rows.as_ref();
-            let denominator = self.operands.norm.map(|norm| {
-                let mut squares = math::Lanes32::new(s, 0.0);
-                for col in (0..self.hidden).step_by(BLOCK) {
-                    let block = store(s, self.sum(s, t, col, rows));
-                    for chains in block.as_chunks().0 {
-                        squares.add_product(s, chains, chains);
-                    }
-                }
-                denominator(s, squares.sum(s), self.hidden, norm)
-            });
-            for col in (0..self.hidden).step_by(BLOCK) {
-                let mut v = self.sum(s, t, col, rows);
-                if let (Some(norm), Some(denominator)) = (self.operands.norm, denominator) {
-                    v = scale(s, v, col, norm, denominator);
-                }
-                self.finish(s, t, col, v, stream);
-            }
-        }
-        if stream {
-            s.fence_streams();
+        let few = matches!(self.operands.routed, Routed::Pairs { slots, .. } if slots <= FEW_SLOTS);
+        // Many rows of f32 are the longer side by side the better; the rest wants short blocks, whose rounding and storing hides behind loads.
+        match (S::LANES, few || self.out.as_raw().1 != DType::F32) {
+            (16.., false) => self.run_blocks::<S, 16>(s),
+            (8.., true) => self.run_blocks::<S, 4>(s),
+            _ => self.run_blocks::<S, 8>(s),
         }
     }
-}
-
-/// The rows of a token with their weights, in slot order.
-struct Rows<'a> {
-    rows: [(f32, &'a [f32]); MAX_ROWS],
-    count: usize,
-}
-
-impl<'a> Rows<'a> {
-    /// Σ weight · row for the block at `col`.
-    #[inline(always)]
-    fn sum<S: Simd>(&self, s: S, col: usize) -> Vectors<S> {
-        let mut acc = [s.splat(0.0); BLOCK / 4];
-        let ahead = self.count <= PREFETCH_SLOTS;
-        for &(weight, row) in &self.rows[..self.count] {
-            let weight = s.splat(weight);
-            if ahead {
-                // Beyond the end of the row is as good a guess as any.
-                let p = row.as_ptr().wrapping_add(col + PREFETCH);
-                for line in (0..BLOCK).step_by(LINE) {
-                    s.prefetch(p.wrapping_add(line).cast());
-                }
-            }
-            for (a, v) in acc.iter_mut().zip(load(s, row, col)).take(BLOCK / S::LANES) {
-                *a = s.fma(weight, v, *a);
-            }
-        }
-        acc
-    }
-}
-
-/// The zero-filled block of `row` at `col`.
-#[inline(always)]
-fn load<S: Simd>(s: S, row: &[f32], col: usize) -> Vectors<S> {
-    let rest = &row[col..];
-    let mut v = [s.splat(0.0); BLOCK / 4];
-    if let Some(whole) = rest.first_chunk::<BLOCK>() {
-        for (i, v) in v.iter_mut().take(BLOCK / S::LANES).enumerate() {
-            *v = s.load_slice(&whole[i * S::LANES..]);
-        }
-        return v;
-    }
-    for (i, v) in v.iter_mut().take(BLOCK / S::LANES).enumerate() {
-        *v = s.load_partial(rest.get(i * S::LANES..).unwrap_or(&[]), 0.0);
-    }
-    v
 }
 
 /// The block as an array.
 #[inline(always)]
-fn store<S: Simd>(s: S, v: Vectors<S>) -> [f32; BLOCK] {
-    let mut out = [0.0; BLOCK];
-    for (i, v) in v.iter().take(BLOCK / S::LANES).enumerate() {
+fn store<S: Simd, const V: usize>(s: S, v: [S::F; V]) -> [f32; MAX_BLOCK] {
+    let mut out = [0.0; MAX_BLOCK];
+    for (i, v) in v.iter().enumerate() {
         s.store_slice(&mut out[i * S::LANES..], *v);
     }
     out
 }
 
-/// Row `r`, whose elements are neighbours (checked at the door).
-#[inline(always)]
-fn row<'a>(m: &MatRef<'a, f32>, r: usize) -> &'a [f32] {
-    m.row_slice(r).unwrap_or(&[])
+/// Calls `$each` for each vector of the first `$n` floats of `$block`, and of the same columns of `$other`, filled up with zeros. A macro, since a
+/// closure that is not inlined would lose the instruction set.
+macro_rules! each_vector {
+    ($s:ident, $n:expr, $block:ident, $other:expr, ($v:ident, $o:ident) => $each:expr) => {{
+        let other: &[f32] = $other;
+        for i in (0..$n).step_by(S::LANES) {
+            let $o = $s.load_partial(other.get(i..).unwrap_or(&[]), 0.0);
+            let $v = $s.load_slice(&$block[i..]);
+            $s.store_slice(&mut $block[i..], $each);
+        }
+    }};
 }
 
-/// √(mean of squares + eps)
-#[inline(always)]
-fn denominator<S: Simd>(s: S, squares: f32, width: usize, norm: &RmsNorm) -> S::F {
-    // Scalar IEEE operations: the same on every ISA.
-    s.splat((squares / width as f32 + norm.eps()).sqrt())
-}
-
-/// `v / denominator · weight · mul`
-#[inline(always)]
-fn scale<S: Simd>(
-    s: S,
-    mut v: Vectors<S>,
-    col: usize,
-    norm: &RmsNorm,
-    denominator: S::F,
-) -> Vectors<S> {
-    let weight = load(s, norm.weight(), col);
-    for (v, w) in v.iter_mut().zip(weight).take(BLOCK / S::LANES) {
-        *v = s.mul(s.div(*v, denominator), w);
-        if norm.multiplier() != 1.0 {
-            *v = s.mul(*v, s.splat(norm.multiplier()));
+impl CombineTokens<'_> {
+    /// All tokens, in blocks of `V` vectors.
+    #[inline(always)]
+    fn run_blocks<S: Simd, const V: usize>(&self, s: S) {
+        let chain_only = self.chain_only();
+        let mut next = Rows::new(&self.operands.routed, self.tokens.start);
+        for t in self.tokens.clone() {
+            let rows = next;
+            if t + 1 < self.tokens.end {
+                next = Rows::new(&self.operands.routed, t + 1);
+            }
+            let rows = rows.as_ref().zip(next.as_ref());
+            let denominator = self.denominator::<S, V>(s, t, rows);
+            for col in (0..self.hidden).step_by(block_len::<S, V>()) {
+                let n = block_len::<S, V>().min(self.hidden - col);
+                if let Some((rows, next)) = rows
+                    && chain_only
+                    && n == block_len::<S, V>()
+                {
+                    let v = rows.chain::<S, V>(s, next, col);
+                    // SAFETY: columns col .. col + n ≤ H of a token of this task (see `run_streaming`), and col is a multiple of the lanes.
+                    unsafe {
+                        self.out.write_vectors(s, t, col, &v, self.stream);
+                    }
+                    continue;
+                }
+                let place = Place { t, col, n };
+                let mut block = self.routed::<S, V>(s, place, rows);
+                self.add_shared(s, place, &mut block);
+                self.finish(s, place, denominator, &mut block);
+                self.write(s, place, &block);
+            }
+        }
+        if self.stream {
+            s.fence_streams();
         }
     }
-    v
-}
 
-impl<'a> CombineTokens<'a> {
-    /// The rows of a token, where they are few and all of ys.
-    #[inline(always)]
-    fn rows(&self, t: usize) -> Option<Rows<'a>> {
-        let Routed::Pairs {
-            ys,
-            weights,
-            row_of_pair,
-            slots,
-            identity: None,
-        } = &self.operands.routed
-        else {
-            return None;
-        };
-        if *slots > MAX_ROWS {
-            return None;
-        }
-        let mut rows = Rows {
-            rows: [(0.0, &[]); MAX_ROWS],
-            count: 0,
-        };
-        for pair in t * slots..(t + 1) * slots {
-            let r = row_of_pair[pair];
-            if r != NO_ROW {
-                let weight = weights.map_or(1.0, |w| w[pair]);
-                rows.rows[rows.count] = (weight, row(ys, r as usize));
-                rows.count += 1;
-            }
-        }
-        Some(rows)
+    /// Whether nothing follows the sum.
+    fn chain_only(&self) -> bool {
+        let c = self.operands;
+        c.routed_scale == 1.0
+            && c.shared.is_none()
+            && c.norm.is_none()
+            && c.bias.is_none()
+            && c.residual.is_none()
     }
 
-    /// Steps 1 to 3 for one block of a token.
+    /// Step 1 for a block, in memory.
     #[inline(always)]
-    fn sum<S: Simd>(&self, s: S, t: usize, col: usize, rows: Option<&Rows<'_>>) -> Vectors<S> {
-        let mut acc = match rows {
-            Some(rows) => rows.sum(s, col),
-            None => self.routed(s, t, col),
-        };
-        let n = BLOCK / S::LANES;
-        if self.operands.routed_scale != 1.0 {
-            let scale = s.splat(self.operands.routed_scale);
-            for a in &mut acc[..n] {
-                *a = s.mul(*a, scale);
-            }
+    fn routed<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        Place { t, col, n }: Place,
+        rows: Option<(&Rows<'_>, &Rows<'_>)>,
+    ) -> [f32; MAX_BLOCK] {
+        if let Some((rows, next)) = rows
+            && n == block_len::<S, V>()
+        {
+            return store(s, rows.chain::<S, V>(s, next, col));
         }
-        let Some(shared) = &self.operands.shared else {
-            return acc;
-        };
-        let values = load(s, row(&shared.matrix(), t), col);
-        match shared {
-            Shared::Add(_) => {
-                for (a, v) in acc.iter_mut().zip(values).take(n) {
-                    *a = s.add(*a, v);
-                }
-            }
-            Shared::SigmoidGate(_, gate) => {
-                let gate = math::sigmoid(s, s.splat(gate[t]));
-                for (a, v) in acc.iter_mut().zip(values).take(n) {
-                    *a = s.fma(gate, v, *a);
-                }
-            }
-            Shared::Average(_) => {
-                for (a, v) in acc.iter_mut().zip(values).take(n) {
-                    *a = s.mul(s.add(*a, v), s.splat(0.5));
-                }
-            }
-        }
-        acc
-    }
-
-    /// Step 1.
-    #[inline(always)]
-    fn routed<S: Simd>(&self, s: S, t: usize, col: usize) -> Vectors<S> {
+        let mut block = [0.0; MAX_BLOCK];
         let (ys, weights, row_of_pair, slots, identity) = match &self.operands.routed {
             Routed::Pairs {
                 ys,
@@ -287,57 +287,222 @@ impl<'a> CombineTokens<'a> {
                 slots,
                 identity,
             } => (ys, weights, row_of_pair, *slots, identity),
-            Routed::Sum(sum) => return load(s, row(sum, t), col),
+            Routed::Sum(sum) => {
+                block[..n].copy_from_slice(columns(sum, t, col, n));
+                return block;
+            }
         };
-        let mut acc = [s.splat(0.0); BLOCK / 4];
         for pair in t * slots..(t + 1) * slots {
             let weight = s.splat(weights.map_or(1.0, |w| w[pair]));
-            let values = match (row_of_pair[pair], identity) {
+            let mut x = [0.0; MAX_BLOCK];
+            let row = match (row_of_pair[pair], identity) {
                 (NO_ROW, Some(identity)) if is_identity(identity, pair) => {
-                    let mut x = [0.0; BLOCK];
-                    let n = BLOCK.min(self.hidden - col);
                     identity.x.widen_row(t, col, &mut x[..n]);
-                    load(s, &x, 0)
+                    &x[..n]
                 }
                 (NO_ROW, _) => continue,
-                (r, _) => load(s, row(ys, r as usize), col),
+                (r, _) => columns(ys, r as usize, col, n),
             };
-            for (a, v) in acc.iter_mut().zip(values).take(BLOCK / S::LANES) {
-                *a = s.fma(weight, v, *a);
-            }
+            each_vector!(s, n, block, row, (v, o) => s.fma(weight, o, v));
         }
-        acc
+        block
     }
 
-    /// Steps 5 to 7 for one block of a token.
+    /// Steps 2 and 3.
     #[inline(always)]
-    fn finish<S: Simd>(&self, s: S, t: usize, col: usize, mut v: Vectors<S>, stream: bool) {
-        let n = BLOCK.min(self.hidden - col);
-        if let Some(bias) = self.operands.bias {
-            for (v, b) in v.iter_mut().zip(load(s, bias, col)).take(BLOCK / S::LANES) {
-                *v = s.add(*v, b);
-            }
+    fn add_shared<S: Simd>(&self, s: S, Place { t, col, n }: Place, block: &mut [f32; MAX_BLOCK]) {
+        if self.operands.routed_scale != 1.0 {
+            let scale = s.splat(self.operands.routed_scale);
+            each_vector!(s, n, block, &[], (v, _o) => s.mul(v, scale));
         }
-        if let Some(residual) = &self.operands.residual {
-            let mut r = [0.0; BLOCK];
-            residual.widen_row(t, col, &mut r[..n]);
-            for (v, r) in v.iter_mut().zip(load(s, &r, 0)).take(BLOCK / S::LANES) {
-                *v = s.add(*v, r);
+        let Some(shared) = &self.operands.shared else {
+            return;
+        };
+        let m = shared.matrix();
+        let row = columns(&m, t, col, n);
+        match shared {
+            Shared::Add(_) => each_vector!(s, n, block, row, (v, o) => s.add(v, o)),
+            Shared::SigmoidGate(_, gate) => {
+                let gate = math::sigmoid(s, s.splat(gate[t]));
+                each_vector!(s, n, block, row, (v, o) => s.fma(gate, o, v));
             }
-        }
-        // SAFETY: in both cases column col + n ≤ H of a token of this task; see `run`. `stream` is asked for there, and col is a multiple of 64.
-        unsafe {
-            if n == BLOCK {
-                let v = &v[..BLOCK / S::LANES];
-                self.out.write_vectors(s, t, col, v, stream);
-            } else {
-                self.out.write(t, col, &store(s, v)[..n]);
+            Shared::Average(_) => {
+                let half = s.splat(0.5);
+                each_vector!(s, n, block, row, (v, o) => s.mul(s.add(v, o), half));
             }
         }
     }
+
+    /// √(mean of squares + eps) of steps 1 to 3, where there is a norm.
+    #[inline(always)]
+    fn denominator<S: Simd, const V: usize>(
+        &self,
+        s: S,
+        t: usize,
+        rows: Option<(&Rows<'_>, &Rows<'_>)>,
+    ) -> Option<S::F> {
+        let norm = self.operands.norm?;
+        let mut squares = math::Lanes32::new(s, 0.0);
+        for col in (0..self.hidden).step_by(block_len::<S, V>()) {
+            let n = block_len::<S, V>().min(self.hidden - col);
+            let place = Place { t, col, n };
+            let mut block = self.routed::<S, V>(s, place, rows);
+            self.add_shared(s, place, &mut block);
+            // What stands beyond the row is cut off: 0 · 0.5 is 0, but 0 · ∞ is not.
+            block[n..].fill(0.0);
+            for chains in block[..n.next_multiple_of(REDUCTION_LANES)].as_chunks().0 {
+                squares.add_product(s, chains, chains);
+            }
+        }
+        // Scalar IEEE operations: the same on every ISA.
+        let mean = squares.sum(s) / self.hidden as f32;
+        Some(s.splat((mean + norm.eps()).sqrt()))
+    }
+
+    /// Steps 4 to 6.
+    #[inline(always)]
+    fn finish<S: Simd>(
+        &self,
+        s: S,
+        Place { t, col, n }: Place,
+        denominator: Option<S::F>,
+        block: &mut [f32; MAX_BLOCK],
+    ) {
+        if let (Some(norm), Some(denominator)) = (self.operands.norm, denominator) {
+            self.scale(s, norm, denominator, &norm.weight()[col..col + n], block);
+        }
+        if let Some(bias) = self.operands.bias {
+            each_vector!(s, n, block, &bias[col..col + n], (v, o) => s.add(v, o));
+        }
+        if let Some(residual) = &self.operands.residual {
+            let mut r = [0.0; MAX_BLOCK];
+            residual.widen_row(t, col, &mut r[..n]);
+            each_vector!(s, n, block, &r[..n], (v, o) => s.add(v, o));
+        }
+    }
+
+    /// `v / denominator · weight · mul`
+    #[inline(always)]
+    fn scale<S: Simd>(
+        &self,
+        s: S,
+        norm: &RmsNorm,
+        denominator: S::F,
+        weight: &[f32],
+        block: &mut [f32; MAX_BLOCK],
+    ) {
+        let n = weight.len();
+        each_vector!(s, n, block, weight, (v, o) => s.mul(s.div(v, denominator), o));
+        if norm.multiplier() != 1.0 {
+            let mul = s.splat(norm.multiplier());
+            each_vector!(s, n, block, &[], (v, _o) => s.mul(v, mul));
+        }
+    }
+
+    /// Writes a block, in whole vectors as far as it has them.
+    #[inline(always)]
+    fn write<S: Simd>(&self, s: S, Place { t, col, n }: Place, block: &[f32; MAX_BLOCK]) {
+        let whole = n - n % S::LANES;
+        for i in (0..whole).step_by(S::LANES) {
+            let v = [s.load_slice(&block[i..])];
+            // SAFETY: columns below col + n ≤ H of a token of this task (see `run_streaming`), and col + i is a multiple of the lanes.
+            unsafe { self.out.write_vectors(s, t, col + i, &v, self.stream) };
+        }
+        // SAFETY: as above.
+        unsafe { self.out.write(t, col + whole, &block[whole..n]) };
+    }
+}
+
+/// Columns `col .. col + n` of row `r`, whose elements are neighbours (checked at the door).
+#[inline(always)]
+fn columns<'a>(m: &MatRef<'a, f32>, r: usize, col: usize, n: usize) -> &'a [f32] {
+    &m.row_slice(r).unwrap_or(&[])[col..col + n]
 }
 
 #[inline(always)]
 fn is_identity(identity: &Identity<'_>, pair: usize) -> bool {
     usize::try_from(identity.ids[pair]).is_ok_and(|id| id >= identity.num_experts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Isa;
+    use crate::{Element, MatMut};
+    use half::{bf16, f16};
+
+    /// Aligned to a cache line.
+    #[repr(align(64))]
+    struct Lines<T>([T; TOKENS_HERE * WIDTH]);
+
+    const WIDTH: usize = 2 * MAX_BLOCK + 32;
+    /// A whole task and a part of one.
+    const TOKENS_HERE: usize = TOKENS + 3;
+
+    /// Past the caches or not: the same bits, in every format, for few slots, many and more than fit [`Rows`]; a row that does not begin at a line
+    /// is not streamed.
+    fn streams_the_same<T: Element>(nothing: T)
+    where
+        for<'a> AnyMatMut<'a>: From<MatMut<'a, T>>,
+    {
+        for slots in [FEW_SLOTS, FEW_SLOTS + 1, MAX_ROWS, MAX_ROWS + 1] {
+            let pairs = TOKENS_HERE * slots;
+            let ys: Vec<f32> = (0..pairs * WIDTH)
+                .map(|i| (i % 8191) as f32 - 4000.3)
+                .collect();
+            let weights: Vec<f32> = (0..pairs).map(|i| (i % 13) as f32 / 7.0 - 0.6).collect();
+            let row_of_pair: Vec<u32> = (0..pairs as u32).rev().collect();
+            let operands = Combine::new(Routed::Pairs {
+                ys: MatRef::new(&ys, pairs, WIDTH).unwrap(),
+                weights: Some(&weights),
+                row_of_pair: &row_of_pair,
+                slots,
+                identity: None,
+            });
+            for isa in Isa::available() {
+                let cpu = Cpu::with_isa(isa).unwrap();
+                let mut lines = [0, 1].map(|_| Box::new(Lines([nothing; TOKENS_HERE * WIDTH])));
+                for (lines, bytes) in lines.iter_mut().zip([0, usize::MAX]) {
+                    let mut out = MatMut::new(&mut lines.0, TOKENS_HERE, WIDTH)
+                        .unwrap()
+                        .into();
+                    assert!(OutRows::new(&mut out).begins_lines());
+                    run_streaming(&cpu, &operands, &mut out, bytes);
+                }
+                let [streamed, stored] = lines.map(|l| l.0.map(Element::to_f32).map(f32::to_bits));
+                assert_eq!(streamed, stored, "{isa}, {slots} slots");
+                let mut shifted = Box::new(Lines([nothing; TOKENS_HERE * WIDTH]));
+                let (tokens, part) = (TOKENS_HERE - 1, 1..1 + (TOKENS_HERE - 1) * WIDTH);
+                let mut out = MatMut::new(&mut shifted.0[part], tokens, WIDTH)
+                    .unwrap()
+                    .into();
+                assert!(!OutRows::new(&mut out).begins_lines());
+                let Routed::Pairs { ys, .. } = operands.routed else {
+                    unreachable!()
+                };
+                let fewer = Combine::new(Routed::Pairs {
+                    ys,
+                    weights: Some(&weights[..tokens * slots]),
+                    row_of_pair: &row_of_pair[..tokens * slots],
+                    slots,
+                    identity: None,
+                });
+                run_streaming(&cpu, &fewer, &mut out, 0);
+                for (a, b) in shifted.0[1..].iter().zip(&stored[..tokens * WIDTH]) {
+                    assert_eq!(
+                        a.to_f32().to_bits(),
+                        *b,
+                        "{isa}, {slots} slots, not at lines"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn past_the_caches_or_not_the_bits_are_the_same() {
+        streams_the_same(f32::NAN);
+        streams_the_same(bf16::NAN);
+        streams_the_same(f16::NAN);
+    }
 }

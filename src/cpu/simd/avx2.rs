@@ -87,6 +87,14 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn stream_u16(self, p: *mut u16, v: Self::I) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe {
+            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(v, v));
+            _mm_stream_si128(p.cast(), _mm256_castsi256_si128(packed));
+        }
+    }
+    #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
         // SAFETY: the token.
         unsafe { _mm256_add_ps(a, b) }

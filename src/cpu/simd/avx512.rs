@@ -110,6 +110,11 @@ impl Simd for Avx512 {
         unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(v)) }
     }
     #[inline(always)]
+    unsafe fn stream_u16(self, p: *mut u16, v: Self::I) {
+        // SAFETY: the caller's contract on `p`, and the token.
+        unsafe { _mm256_stream_si256(p.cast(), _mm512_cvtepi32_epi16(v)) }
+    }
+    #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
         // SAFETY: the token.
         unsafe { _mm512_add_ps(a, b) }

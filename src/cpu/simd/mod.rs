@@ -115,6 +115,15 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is valid for writing `LANES` of them.
     unsafe fn store_u16(self, p: *mut u16, v: Self::I);
+    /// As `store_u16`, past the caches where there is an instruction for it.
+    ///
+    /// # Safety
+    /// As `store_u16`; `p` is aligned to half a vector; [`Simd::fence_streams`] comes before another thread is told.
+    #[inline(always)]
+    unsafe fn stream_u16(self, p: *mut u16, v: Self::I) {
+        // SAFETY: the caller's contract.
+        unsafe { self.store_u16(p, v) }
+    }
 
     /// a + b
     fn add(self, a: Self::F, b: Self::F) -> Self::F;

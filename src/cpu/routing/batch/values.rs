@@ -1,0 +1,154 @@
+//! Rows of values to rank, where that is not the logit itself: scores plus bias; and the sums of softmax.
+//!
+//! The easy version, for each token: `max z`, `e = exp(z − max)`, `Σe`, `e / Σe + bias`. Then:
+//!
+//! 1. each step runs over all tokens of a batch before the next begins, so that the latency of one row's reduction hides behind the next row's work;
+//! 2. a row's maximum and sum stay vectors of 32 columns along the row; the last levels of the butterfly are done for a tile of tokens at once,
+//!    by putting the lanes of neighbouring tokens side by side ([`Simd::zip`]): the same additions in the same order, so the same bits.
+
+use super::tile::load_tile;
+use super::{Plan, Room, Row, Rows, SLOTS};
+use crate::cpu::routing::Job;
+use crate::cpu::routing::logits::{Block, elementwise};
+use crate::cpu::simd::Simd;
+use crate::cpu::simd::math::{Lanes32, REDUCTION_LANES, exp};
+use crate::routing::{RankBy, Score, Selection};
+
+/// The maximum of each of 32 interleaved columns, NaN passed over.
+#[inline(always)]
+pub(super) fn column_maxima<S: Simd>(s: S, row: &Row<'_>, out: &mut Block) {
+    let mut max = Lanes32::new(s, f32::NEG_INFINITY);
+    for b in 0..row.len {
+        max.max(s, row.block(b));
+    }
+    *out = max.lanes(s);
+}
+
+/// Σ exp(z − max), reduced to one vector.
+#[inline(always)]
+pub(super) fn exp_sum<S: Simd>(s: S, row: &Row<'_>, max: f32) -> S::F {
+    let max = s.splat(max);
+    let mut sum = Lanes32::new(s, 0.0);
+    for b in 0..row.len {
+        let z = row.block(b);
+        for i in 0..REDUCTION_LANES / S::LANES {
+            let e = exp(s, s.sub(s.load_slice(&z[i * S::LANES..]), max));
+            sum.add_vector(s, i, e);
+        }
+    }
+    sum.fold(s)
+}
+
+/// Rows of scores plus bias; for softmax also the maxima and sums.
+#[inline(always)]
+pub(super) fn compute_values<S: Simd>(
+    s: S,
+    job: &Job<'_>,
+    plan: &Plan<'_>,
+    rows: Rows<'_>,
+    values: &mut [Block],
+    room: &mut Room,
+) {
+    let config = job.config;
+    let blocks = config.num_logits().div_ceil(REDUCTION_LANES);
+    let by_logit = matches!(
+        config.selection,
+        Selection::TopK {
+            rank_by: RankBy::Logit,
+            ..
+        }
+    );
+    if plan.softmax {
+        softmax_values(s, rows, values, blocks, room);
+    }
+    for (i, values) in values.chunks_exact_mut(blocks).enumerate() {
+        let row = Row::new(s, rows.row(i));
+        let sum = s.splat(room.sum[i]);
+        // A macro, since a closure that is not inlined would lose the instruction set.
+        macro_rules! fill {
+            ($x:ident, $old:ident => $f:expr) => {
+                for (b, values) in values.iter_mut().enumerate() {
+                    let z = row.block(b);
+                    for i in (0..REDUCTION_LANES).step_by(S::LANES) {
+                        #[allow(unused_variables)]
+                        let ($x, $old) = (s.load_slice(&z[i..]), s.load_slice(&values[i..]));
+                        let mut value = $f;
+                        if let Some(bias) = job.bias.get(b) {
+                            value = s.add(value, s.load_slice(&bias[i..]));
+                        }
+                        s.store_slice(&mut values[i..], value);
+                    }
+                }
+            };
+        }
+        match config.score {
+            Score::Softmax if !by_logit => fill!(_z, e => s.div(e, sum)),
+            Score::Sigmoid if !by_logit => fill!(z, _e => elementwise(s, Score::Sigmoid, z)),
+            Score::SqrtSoftplus if !by_logit => {
+                fill!(z, _e => elementwise(s, Score::SqrtSoftplus, z))
+            }
+            _ => fill!(z, _e => z),
+        }
+        // What stands beyond the end of the row must not be a candidate.
+        values.as_flattened_mut()[config.num_logits()..].fill(f32::NEG_INFINITY);
+    }
+}
+
+/// values = exp(z − max z), and the maxima and sums of the rows.
+#[inline(always)]
+pub(super) fn softmax_values<S: Simd>(
+    s: S,
+    rows: Rows<'_>,
+    values: &mut [Block],
+    blocks: usize,
+    room: &mut Room,
+) {
+    let tokens = values.len() / blocks;
+    for i in 0..tokens {
+        column_maxima(s, &Row::new(s, rows.row(i)), &mut room.columns[i]);
+    }
+    for tile in (0..tokens).step_by(S::LANES) {
+        let mut max = s.splat(f32::NEG_INFINITY);
+        for part in (0..REDUCTION_LANES).step_by(SLOTS) {
+            for column in load_tile(s, &room.columns, tile, part) {
+                max = s.max(column, max);
+            }
+        }
+        s.store_slice(&mut room.max[tile..], max);
+    }
+    for (i, values) in values.chunks_exact_mut(blocks).enumerate() {
+        let (row, max) = (Row::new(s, rows.row(i)), s.splat(room.max[i]));
+        let mut sum = Lanes32::new(s, 0.0);
+        for (b, values) in values.iter_mut().enumerate() {
+            let z = row.block(b);
+            for i in 0..REDUCTION_LANES / S::LANES {
+                let e = exp(s, s.sub(s.load_slice(&z[i * S::LANES..]), max));
+                s.store_slice(&mut values[i * S::LANES..], e);
+                sum.add_vector(s, i, e);
+            }
+        }
+        s.store_slice(&mut room.partial[i], sum.fold(s));
+    }
+    sums(s, tokens, room);
+}
+
+/// `room.sum` from `room.partial`: the butterfly of [`Lanes32`], a tile of tokens at a time.
+#[inline(always)]
+pub(super) fn sums<S: Simd>(s: S, tokens: usize, room: &mut Room) {
+    for tile in (0..tokens).step_by(S::LANES) {
+        let mut v = [s.splat(0.0); SLOTS];
+        for (v, partial) in v.iter_mut().zip(&room.partial[tile..][..S::LANES]) {
+            *v = s.load_slice(partial);
+        }
+        let mut left = S::LANES;
+        while left > 1 {
+            left /= 2;
+            for i in 0..left {
+                // Lanes of neighbouring tokens side by side: each level halves the lanes of a token and the vectors.
+                let (low, high) = s.zip(v[i], v[i + left]);
+                v[i] = s.add(low, high);
+            }
+        }
+        s.store_slice(&mut room.sum[tile..], v[0]);
+    }
+}
