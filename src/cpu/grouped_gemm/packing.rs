@@ -10,10 +10,19 @@
 //! A plain panel holds columns `p·NR ..`. A gated one holds LANES gate columns, then the LANES up columns of the same intermediate features, so
 //! that one tile has both halves of SwiGLU. Missing columns, and the odd half of a last pair, are zeros.
 
+mod direct;
+
 use super::kernel::{PanelBf16, PanelF16, PanelF32, PanelFormat};
+use crate::cpu::Cpu;
+use crate::cpu::caches::caches;
+use crate::cpu::parallel::{TaskCounter, for_each_worker};
+use crate::cpu::shared::SharedSlice;
+use crate::cpu::simd::{MAX_LANES, Op, Simd, dispatch};
 use crate::element::{DType, flush_bf16};
 use crate::matrix::AnyMatRef;
 use bytemuck::{Pod, Zeroable};
+use core::mem::MaybeUninit;
+use direct::{Filler, Packer};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -21,11 +30,6 @@ use half::{bf16, f16};
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub(crate) struct CacheLine([u8; 64]);
-
-/// Zeroed storage of at least `bytes` bytes.
-pub(crate) fn zeroed_lines(bytes: usize) -> Box<[CacheLine]> {
-    bytemuck::zeroed_slice_box(bytes.div_ceil(64))
-}
 
 /// The geometry of a packed matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,19 +115,97 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// k values packed at a time: 64 × 32 columns of f32 stay in L1 between the transposition and the conversion.
+/// Packs one matrix into memory of its own, which nothing fills with zeros before.
+pub(crate) fn pack(cpu: &Cpu, layout: &PanelLayout, columns: &Columns<'_>) -> Box<[CacheLine]> {
+    let lines = (layout.panels() * layout.panel_bytes()).div_ceil(size_of::<CacheLine>());
+    let mut lines = Box::new_uninit_slice(lines);
+    pack_panels(cpu, layout, columns, &mut lines);
+    // SAFETY: `pack_panels` writes every byte.
+    unsafe { lines.assume_init() }
+}
+
+/// Packs one matrix over another of the same layout.
+pub(crate) fn pack_into(
+    cpu: &Cpu,
+    layout: &PanelLayout,
+    columns: &Columns<'_>,
+    out: &mut [CacheLine],
+) {
+    let (first, len) = (out.as_mut_ptr().cast(), out.len());
+    // SAFETY: the same memory for as long; `pack_panels` leaves no byte uninitialised.
+    let out = unsafe { core::slice::from_raw_parts_mut(first, len) };
+    pack_panels(cpu, layout, columns, out);
+}
+
+/// Packs every panel of a matrix; groups of panels are shared out among threads. Every byte of `out` is written.
+fn pack_panels(
+    cpu: &Cpu,
+    layout: &PanelLayout,
+    columns: &Columns<'_>,
+    out: &mut [MaybeUninit<CacheLine>],
+) {
+    let len = size_of_val(out);
+    // SAFETY: the same memory as bytes, which need no alignment.
+    let bytes = unsafe { core::slice::from_raw_parts_mut(out.as_mut_ptr().cast(), len) };
+    let (panels, padding) = bytes.split_at_mut(layout.panels() * layout.panel_bytes());
+    padding.fill(MaybeUninit::new(0));
+    // Half of the last level: a matrix that fits will be read from there.
+    let stream = panels.len() > caches().l3 / 2;
+    let packer = Packer::new(layout, columns, stream);
+    let out = SharedSlice::new(panels);
+    let tasks = TaskCounter::new(layout.panels().div_ceil(packer.group()));
+    for_each_worker(cpu.threads().min(layout.panels()), &|_| {
+        dispatch(
+            cpu.isa(),
+            PackGroups {
+                packer: &packer,
+                tasks: &tasks,
+                out: &out,
+            },
+        );
+    });
+}
+
+/// One worker's share of a matrix.
+struct PackGroups<'a> {
+    packer: &'a Packer<'a>,
+    tasks: &'a TaskCounter,
+    out: &'a SharedSlice<'a, MaybeUninit<u8>>,
+}
+
+impl Op for PackGroups<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let layout = self.packer.layout;
+        let group = self.packer.group();
+        while let Some(task) = self.tasks.take() {
+            let panels = task * group..layout.panels().min((task + 1) * group);
+            let bytes = panels.start * layout.panel_bytes()..panels.end * layout.panel_bytes();
+            // SAFETY: each task is taken once, so groups of panels do not overlap.
+            let out = unsafe { self.out.range(bytes) };
+            self.packer.pack_group(s, panels, out);
+        }
+        s.fence_streams();
+    }
+}
+
+/// k values packed at a time by [`pack_any`]: 64 × 32 columns of f32 stay in L1 between the transposition and the conversion.
 const BLOCK: usize = 64;
 
-/// Fills one panel (`out`, zeroed, `panel_bytes` long).
-///
-/// Rows are read `BLOCK` elements at a time and transposed through a small f32 buffer; f32 holds every format exactly.
-pub(crate) fn pack_panel(layout: &PanelLayout, columns: &Columns<'_>, p: usize, out: &mut [u8]) {
+/// Writes one panel from sources of any format and any strides: BLOCK elements of a row at a time are widened to f32, which holds every format exactly, and
+/// transposed one by one. An order of magnitude slower than [`Packer`]'s ways, and the definition of what they write.
+#[inline(never)]
+fn pack_any(layout: &PanelLayout, columns: &Columns<'_>, p: usize, out: &mut Filler<'_>) {
     let nr = layout.nr();
     let mut row = [0.0f32; BLOCK];
-    let mut block = [0.0f32; BLOCK * 2 * crate::cpu::simd::MAX_LANES];
+    let mut block = [0.0f32; BLOCK * 2 * MAX_LANES];
+    let mut narrow = [0.0f32; BLOCK * 2 * MAX_LANES];
     let mut k0 = 0;
     while k0 < layout.k {
         let kc = BLOCK.min(layout.k - k0);
+        // BLOCK is even, so a block begins at a step.
         let padded = kc.next_multiple_of(layout.step());
         let block = &mut block[..padded * nr];
         block.fill(0.0);
@@ -135,10 +217,10 @@ pub(crate) fn pack_panel(layout: &PanelLayout, columns: &Columns<'_>, p: usize, 
                 }
             }
         }
-        // BLOCK is even, so a block begins at a step.
-        let start = k0 / layout.step() * layout.step_bytes();
-        let len = padded / layout.step() * layout.step_bytes();
-        store_block(layout, block, &mut out[start..start + len]);
+        let bytes = padded / layout.step() * layout.step_bytes();
+        let narrow = &mut bytemuck::cast_slice_mut::<f32, u8>(&mut narrow)[..bytes];
+        store_block(layout, block, narrow);
+        out.put(narrow);
         k0 += kc;
     }
 }
@@ -183,3 +265,6 @@ pub(crate) fn pack_bias(
             .collect(),
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -465,7 +465,7 @@ fn load_tile<S: Simd, const N: usize>(
         for (v, row) in v.iter_mut().zip(&rows[tile..][..S::LANES]) {
             *v = s.load_slice(&row[first + part..]);
         }
-        transpose(s, &mut v);
+        s.transpose(&mut v);
         all[part..][..S::LANES].copy_from_slice(&v[..S::LANES]);
     }
     all
@@ -485,24 +485,10 @@ fn load_tile_i<S: Simd>(
         for (v, row) in v.iter_mut().zip(&rows[tile..][..S::LANES]) {
             *v = s.from_bits(s.load_slice_i(&row[first + part..]));
         }
-        transpose(s, &mut v);
+        s.transpose(&mut v);
         all[part..][..S::LANES].copy_from_slice(&v[..S::LANES]);
     }
     all
-}
-
-/// Lane l of vector i becomes lane i of vector l, for the first `LANES` vectors.
-#[inline(always)]
-fn transpose<S: Simd>(s: S, v: &mut [S::F; MAX_LANES]) {
-    let half = S::LANES / 2;
-    let mut done = 1;
-    while done < S::LANES {
-        let old = *v;
-        for i in 0..half {
-            (v[2 * i], v[2 * i + 1]) = s.zip(old[i], old[i + half]);
-        }
-        done *= 2;
-    }
 }
 
 /// Calls `$exchange!(i j)` for every exchange of a network that sorts sixteen numbers: that of Green (1969) with 60, in 10 levels. A macro, so that
@@ -930,7 +916,7 @@ fn store_tile<S: Simd>(s: S, k: usize, slots: [S::F; SLOTS], out: &mut [f32]) {
     for part in (0..k).step_by(S::LANES) {
         let mut v = [s.splat(0.0); MAX_LANES];
         v[..S::LANES].copy_from_slice(&slots[part..][..S::LANES]);
-        transpose(s, &mut v);
+        s.transpose(&mut v);
         for (row, &v) in rows.iter_mut().zip(&v).take(S::LANES) {
             s.store_slice(&mut row[part..], v);
         }
