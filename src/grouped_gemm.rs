@@ -18,8 +18,7 @@
 
 use crate::cpu::Cpu;
 use crate::cpu::grouped_gemm::{
-    self as kernel, CacheLine, Columns, PanelLayout, RowSource, pack_bias, pack_panels,
-    zeroed_lines,
+    self as kernel, CacheLine, Columns, PanelLayout, RowSource, pack, pack_bias, pack_into,
 };
 use crate::cpu::isa::Isa;
 use crate::element::DType;
@@ -234,6 +233,31 @@ impl PackedMatrices {
     /// # Errors
     /// [`Error::Shape`] that names `w` or `bias`; [`Error::Value`] when the set holds gated pairs.
     pub fn push(&mut self, cpu: &Cpu, w: AnyMatRef<'_>, bias: Option<&[f32]>) -> Result<usize> {
+        let columns = self.plain_columns(cpu, w, bias)?;
+        Ok(self.append(cpu, &columns, None, bias))
+    }
+
+    /// Packs one plain matrix over that of expert `index`, in the same memory: new weights after a step of training, or another checkpoint's.
+    ///
+    /// # Errors
+    /// As [`PackedMatrices::push`]; [`Error::Value`] when there is no such expert.
+    pub fn replace(
+        &mut self,
+        cpu: &Cpu,
+        index: usize,
+        w: AnyMatRef<'_>,
+        bias: Option<&[f32]>,
+    ) -> Result<()> {
+        let columns = self.plain_columns(cpu, w, bias)?;
+        self.overwrite(cpu, index, &columns, None, bias)
+    }
+
+    fn plain_columns<'a>(
+        &self,
+        cpu: &Cpu,
+        w: AnyMatRef<'a>,
+        bias: Option<&[f32]>,
+    ) -> Result<Columns<'a>> {
         if self.layout.gated {
             return Err(Error::value(
                 "w",
@@ -244,7 +268,7 @@ impl PackedMatrices {
         w.expect("w", self.layout.n, self.layout.k)?;
         self.check_bias("bias", bias)?;
         self.check_isa("cpu", cpu)?;
-        Ok(self.append(cpu, &Columns { gate: None, up: w }, None, bias))
+        Ok(Columns { gate: None, up: w })
     }
 
     /// Packs one gated pair `gate`, `up [N, K]` with optional biases `[N]` as the next expert; returns its index.
@@ -259,6 +283,35 @@ impl PackedMatrices {
         gate_bias: Option<&[f32]>,
         up_bias: Option<&[f32]>,
     ) -> Result<usize> {
+        let columns = self.gated_columns(cpu, gate, up, gate_bias, up_bias)?;
+        Ok(self.append(cpu, &columns, gate_bias, up_bias))
+    }
+
+    /// Packs one gated pair over that of expert `index`, in the same memory.
+    ///
+    /// # Errors
+    /// As [`PackedMatrices::push_gated`]; [`Error::Value`] when there is no such expert.
+    pub fn replace_gated(
+        &mut self,
+        cpu: &Cpu,
+        index: usize,
+        gate: AnyMatRef<'_>,
+        up: AnyMatRef<'_>,
+        gate_bias: Option<&[f32]>,
+        up_bias: Option<&[f32]>,
+    ) -> Result<()> {
+        let columns = self.gated_columns(cpu, gate, up, gate_bias, up_bias)?;
+        self.overwrite(cpu, index, &columns, gate_bias, up_bias)
+    }
+
+    fn gated_columns<'a>(
+        &self,
+        cpu: &Cpu,
+        gate: AnyMatRef<'a>,
+        up: AnyMatRef<'a>,
+        gate_bias: Option<&[f32]>,
+        up_bias: Option<&[f32]>,
+    ) -> Result<Columns<'a>> {
         if !self.layout.gated {
             return Err(Error::value(
                 "gate",
@@ -271,11 +324,10 @@ impl PackedMatrices {
         self.check_bias("gate_bias", gate_bias)?;
         self.check_bias("up_bias", up_bias)?;
         self.check_isa("cpu", cpu)?;
-        let columns = Columns {
+        Ok(Columns {
             gate: Some(gate),
             up,
-        };
-        Ok(self.append(cpu, &columns, gate_bias, up_bias))
+        })
     }
 
     pub(crate) fn check_bias(&self, argument: &'static str, bias: Option<&[f32]>) -> Result<()> {
@@ -294,16 +346,28 @@ impl PackedMatrices {
         gate_bias: Option<&[f32]>,
         up_bias: Option<&[f32]>,
     ) -> usize {
-        let mut panels = zeroed_lines(self.layout.panels() * self.layout.panel_bytes());
-        pack_panels(
-            cpu,
-            &self.layout,
-            columns,
-            bytemuck::cast_slice_mut(&mut panels),
-        );
+        let panels = pack(cpu, &self.layout, columns);
         let bias = pack_bias(&self.layout, gate_bias, up_bias);
         self.matrices.push(PackedMatrix { panels, bias });
         self.matrices.len() - 1
+    }
+
+    fn overwrite(
+        &mut self,
+        cpu: &Cpu,
+        index: usize,
+        columns: &Columns<'_>,
+        gate_bias: Option<&[f32]>,
+        up_bias: Option<&[f32]>,
+    ) -> Result<()> {
+        let experts = self.matrices.len();
+        let Some(matrix) = self.matrices.get_mut(index) else {
+            let expected = format!("an expert below {experts}");
+            return Err(Error::value("index", expected, index));
+        };
+        pack_into(cpu, &self.layout, columns, &mut matrix.panels);
+        matrix.bias = pack_bias(&self.layout, gate_bias, up_bias);
+        Ok(())
     }
 
     /// Number of matrices (or gated pairs) in the set.

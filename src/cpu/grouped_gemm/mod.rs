@@ -34,14 +34,14 @@ mod packing;
 mod plan;
 mod rows;
 
-pub(crate) use packing::{CacheLine, Columns, PanelLayout, pack_bias, zeroed_lines};
+pub(crate) use packing::{CacheLine, Columns, PanelLayout, pack, pack_bias, pack_into};
 pub(crate) use rows::RowSource;
 
 use super::Cpu;
 use super::caches::caches;
 use super::isa::Isa;
 use super::out_rows::OutRows;
-use super::parallel::{TaskCounter, for_each_worker};
+use super::parallel::for_each_worker;
 use super::shared::SharedSlice;
 use super::simd::{Op, Simd, dispatch};
 use crate::element::DType;
@@ -102,20 +102,6 @@ impl Blocking {
 /// See [`crate::grouped_gemm::scratch_bytes`]. 63 bytes more let it begin at a cache line.
 pub(crate) fn scratch_bytes(cpu: &Cpu) -> usize {
     cpu.threads() * Blocking::new().worker_floats() * size_of::<f32>() + 63
-}
-
-/// Packs every panel of one matrix; panels are shared out among threads.
-pub(crate) fn pack_panels(cpu: &Cpu, layout: &PanelLayout, columns: &Columns<'_>, out: &mut [u8]) {
-    let panel_bytes = layout.panel_bytes();
-    let out = SharedSlice::new(out);
-    let tasks = TaskCounter::new(layout.panels());
-    for_each_worker(cpu.threads().min(layout.panels()), &|_| {
-        while let Some(p) = tasks.take() {
-            // SAFETY: each p is taken once, so panels do not overlap.
-            let panel = unsafe { out.range(p * panel_bytes..(p + 1) * panel_bytes) };
-            packing::pack_panel(layout, columns, p, panel);
-        }
-    });
 }
 
 /// One grouped product whose operands were checked.

@@ -10,10 +10,19 @@
 //! A plain panel holds columns `p·NR ..`. A gated one holds LANES gate columns, then the LANES up columns of the same intermediate features, so
 //! that one tile has both halves of SwiGLU. Missing columns, and the odd half of a last pair, are zeros.
 
+mod direct;
+
 use super::kernel::{PanelBf16, PanelF16, PanelF32, PanelFormat};
+use crate::cpu::Cpu;
+use crate::cpu::caches::caches;
+use crate::cpu::parallel::{TaskCounter, for_each_worker};
+use crate::cpu::shared::SharedSlice;
+use crate::cpu::simd::{MAX_LANES, Op, Simd, dispatch};
 use crate::element::{DType, flush_bf16};
 use crate::matrix::AnyMatRef;
 use bytemuck::{Pod, Zeroable};
+use core::mem::MaybeUninit;
+use direct::{Filler, Packer};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -21,11 +30,6 @@ use half::{bf16, f16};
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub(crate) struct CacheLine([u8; 64]);
-
-/// Zeroed storage of at least `bytes` bytes.
-pub(crate) fn zeroed_lines(bytes: usize) -> Box<[CacheLine]> {
-    bytemuck::zeroed_slice_box(bytes.div_ceil(64))
-}
 
 /// The geometry of a packed matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,91 +115,97 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// k values packed at a time: 64 × 32 columns of f32 stay in L1 between the transposition and the conversion.
+/// Packs one matrix into memory of its own, which nothing fills with zeros before.
+pub(crate) fn pack(cpu: &Cpu, layout: &PanelLayout, columns: &Columns<'_>) -> Box<[CacheLine]> {
+    let lines = (layout.panels() * layout.panel_bytes()).div_ceil(size_of::<CacheLine>());
+    let mut lines = Box::new_uninit_slice(lines);
+    pack_panels(cpu, layout, columns, &mut lines);
+    // SAFETY: `pack_panels` writes every byte.
+    unsafe { lines.assume_init() }
+}
+
+/// Packs one matrix over another of the same layout.
+pub(crate) fn pack_into(
+    cpu: &Cpu,
+    layout: &PanelLayout,
+    columns: &Columns<'_>,
+    out: &mut [CacheLine],
+) {
+    let (first, len) = (out.as_mut_ptr().cast(), out.len());
+    // SAFETY: the same memory for as long; `pack_panels` leaves no byte uninitialised.
+    let out = unsafe { core::slice::from_raw_parts_mut(first, len) };
+    pack_panels(cpu, layout, columns, out);
+}
+
+/// Packs every panel of a matrix; groups of panels are shared out among threads. Every byte of `out` is written.
+fn pack_panels(
+    cpu: &Cpu,
+    layout: &PanelLayout,
+    columns: &Columns<'_>,
+    out: &mut [MaybeUninit<CacheLine>],
+) {
+    let len = size_of_val(out);
+    // SAFETY: the same memory as bytes, which need no alignment.
+    let bytes = unsafe { core::slice::from_raw_parts_mut(out.as_mut_ptr().cast(), len) };
+    let (panels, padding) = bytes.split_at_mut(layout.panels() * layout.panel_bytes());
+    padding.fill(MaybeUninit::new(0));
+    // Half of the last level: a matrix that fits will be read from there.
+    let stream = panels.len() > caches().l3 / 2;
+    let packer = Packer::new(layout, columns, stream);
+    let out = SharedSlice::new(panels);
+    let tasks = TaskCounter::new(layout.panels().div_ceil(packer.group()));
+    for_each_worker(cpu.threads().min(layout.panels()), &|_| {
+        dispatch(
+            cpu.isa(),
+            PackGroups {
+                packer: &packer,
+                tasks: &tasks,
+                out: &out,
+            },
+        );
+    });
+}
+
+/// One worker's share of a matrix.
+struct PackGroups<'a> {
+    packer: &'a Packer<'a>,
+    tasks: &'a TaskCounter,
+    out: &'a SharedSlice<'a, MaybeUninit<u8>>,
+}
+
+impl Op for PackGroups<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let layout = self.packer.layout;
+        let group = self.packer.group();
+        while let Some(task) = self.tasks.take() {
+            let panels = task * group..layout.panels().min((task + 1) * group);
+            let bytes = panels.start * layout.panel_bytes()..panels.end * layout.panel_bytes();
+            // SAFETY: each task is taken once, so groups of panels do not overlap.
+            let out = unsafe { self.out.range(bytes) };
+            self.packer.pack_group(s, panels, out);
+        }
+        s.fence_streams();
+    }
+}
+
+/// k values packed at a time by [`pack_any`]: 64 × 32 columns of f32 stay in L1 between the transposition and the conversion.
 const BLOCK: usize = 64;
 
-/// Fills one panel (`out`, zeroed, `panel_bytes` long).
-///
-/// Rows of neighbouring elements that have the panel's format already are only transposed; what is left goes through f32.
-pub(crate) fn pack_panel(layout: &PanelLayout, columns: &Columns<'_>, p: usize, out: &mut [u8]) {
-    let done = match layout.nr() {
-        8 => transpose_panel::<8>(layout, columns, p, out),
-        16 => transpose_panel::<16>(layout, columns, p, out),
-        32 => transpose_panel::<32>(layout, columns, p, out),
-        _ => 0,
-    };
-    convert_panel(layout, columns, p, done, out);
-}
-
-/// Transposes what can be taken as it is; returns how many k that was: all whole steps, or none.
-fn transpose_panel<const NR: usize>(
-    layout: &PanelLayout,
-    columns: &Columns<'_>,
-    p: usize,
-    out: &mut [u8],
-) -> usize {
-    let mut f32_rows: [&[f32]; NR] = [&[]; NR];
-    let mut f16_rows: [&[f16]; NR] = [&[]; NR];
-    let mut bf16_rows: [&[bf16]; NR] = [&[]; NR];
-    for c in 0..NR {
-        let Some((matrix, i)) = columns.source(layout, p, c) else {
-            continue;
-        };
-        let taken = match (layout.dtype, matrix) {
-            (DType::F32, AnyMatRef::F32(m)) => m.row_slice(i).map(|row| f32_rows[c] = row),
-            (DType::F16, AnyMatRef::F16(m)) => m.row_slice(i).map(|row| f16_rows[c] = row),
-            (DType::BF16, AnyMatRef::BF16(m)) => m.row_slice(i).map(|row| bf16_rows[c] = row),
-            _ => None,
-        };
-        if taken.is_none() {
-            return 0;
-        }
-    }
-    let steps = layout.k / layout.step();
-    let out = &mut out[..steps * layout.step_bytes()];
-    match layout.dtype {
-        DType::F32 => transpose(&f32_rows, bytemuck::cast_slice_mut(out), |&[x]| x),
-        DType::F16 => transpose(&f16_rows, bytemuck::cast_slice_mut(out), |&[x]| x),
-        DType::BF16 => transpose(&bf16_rows, bytemuck::cast_slice_mut(out), |pair| {
-            let [even, odd] = pair.map(|x| u32::from(flush_bf16(x).to_bits()));
-            odd << 16 | even
-        }),
-    }
-    steps * layout.step()
-}
-
-/// `out[step][c] = word(row c at that step)`; empty rows leave their column. So much of a row is read at once that the hardware sees a stream in each of
-/// the NR rows, and so little that the part of `out` stays in the first-level cache meanwhile.
-fn transpose<T: Copy, W: Pod, const NR: usize, const STEP: usize>(
-    rows: &[&[T]; NR],
-    out: &mut [W],
-    word: impl Fn(&[T; STEP]) -> W,
-) {
-    let (out, _) = out.as_chunks_mut::<NR>();
-    for (first, part) in out.chunks_mut(BLOCK).enumerate() {
-        for (c, row) in rows.iter().enumerate().filter(|(_, row)| !row.is_empty()) {
-            let (row, _) = row[first * BLOCK * STEP..].as_chunks::<STEP>();
-            for (to, from) in part.iter_mut().zip(row) {
-                to[c] = word(from);
-            }
-        }
-    }
-}
-
-/// The general way for what begins at `k0`: rows are read `BLOCK` elements at a time, whatever their strides and format, and transposed through a small f32
-/// buffer; f32 holds every format exactly.
-fn convert_panel(
-    layout: &PanelLayout,
-    columns: &Columns<'_>,
-    p: usize,
-    mut k0: usize,
-    out: &mut [u8],
-) {
+/// Writes one panel from sources of any format and any strides: BLOCK elements of a row at a time are widened to f32, which holds every format exactly, and
+/// transposed one by one. An order of magnitude slower than [`Packer`]'s ways, and the definition of what they write.
+#[inline(never)]
+fn pack_any(layout: &PanelLayout, columns: &Columns<'_>, p: usize, out: &mut Filler<'_>) {
     let nr = layout.nr();
     let mut row = [0.0f32; BLOCK];
-    let mut block = [0.0f32; BLOCK * 2 * crate::cpu::simd::MAX_LANES];
+    let mut block = [0.0f32; BLOCK * 2 * MAX_LANES];
+    let mut narrow = [0.0f32; BLOCK * 2 * MAX_LANES];
+    let mut k0 = 0;
     while k0 < layout.k {
         let kc = BLOCK.min(layout.k - k0);
+        // BLOCK is even, so a block begins at a step.
         let padded = kc.next_multiple_of(layout.step());
         let block = &mut block[..padded * nr];
         block.fill(0.0);
@@ -207,10 +217,10 @@ fn convert_panel(
                 }
             }
         }
-        // BLOCK is even, so a block begins at a step.
-        let start = k0 / layout.step() * layout.step_bytes();
-        let len = padded / layout.step() * layout.step_bytes();
-        store_block(layout, block, &mut out[start..start + len]);
+        let bytes = padded / layout.step() * layout.step_bytes();
+        let narrow = &mut bytemuck::cast_slice_mut::<f32, u8>(&mut narrow)[..bytes];
+        store_block(layout, block, narrow);
+        out.put(narrow);
         k0 += kc;
     }
 }
@@ -257,94 +267,4 @@ pub(crate) fn pack_bias(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::matrix::MatRef;
-
-    /// Bits of every kind: normal, subnormal, zeros, infinities, NaN with payloads.
-    fn bits(n: usize) -> Vec<u16> {
-        let mut state = 1u64;
-        (0..n)
-            .map(|i| {
-                state = state
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1);
-                let random = (state >> 48) as u16;
-                match i % 5 {
-                    0 => random & 0x80ff,
-                    _ => random,
-                }
-            })
-            .collect()
-    }
-
-    fn check(layout: &PanelLayout, columns: &Columns<'_>) {
-        for p in 0..layout.panels() {
-            let bytes = layout.panel_bytes();
-            let (mut fast, mut general) = (zeroed_lines(bytes), zeroed_lines(bytes));
-            let general = &mut bytemuck::cast_slice_mut(&mut general)[..bytes];
-            convert_panel(layout, columns, p, 0, general);
-            let fast = &mut bytemuck::cast_slice_mut(&mut fast)[..bytes];
-            pack_panel(layout, columns, p, fast);
-            assert_eq!(fast, general, "{layout:?} panel {p}");
-        }
-    }
-
-    /// Both ways give the same bytes, whatever the numbers of columns and k and wherever rows begin.
-    #[test]
-    fn transposing_is_converting() {
-        for lanes in [4, 8, 16] {
-            for (n, k) in [(1, 1), (lanes, 64), (2 * lanes, 65), (37, 130), (70, 3)] {
-                for pad in [0, 3] {
-                    let stride = k + pad;
-                    let halves = bits(n * stride);
-                    // f32 that survive: the general way passes NaN through f32 as they are.
-                    let floats: Vec<f32> = halves.iter().map(|&b| f32::from(b)).collect();
-                    let sixteen: Vec<f16> = halves
-                        .iter()
-                        .map(|&b| f16::from_bits(b))
-                        .map(|x| if x.is_nan() { f16::NAN } else { x })
-                        .collect();
-                    let brain: Vec<bf16> = halves
-                        .iter()
-                        .map(|&b| bf16::from_bits(b))
-                        .map(|x| if x.is_nan() { bf16::NAN } else { x })
-                        .collect();
-                    let matrices: [(DType, AnyMatRef<'_>); 3] = [
-                        (
-                            DType::F32,
-                            MatRef::with_strides(&floats, n, k, stride, 1)
-                                .unwrap()
-                                .into(),
-                        ),
-                        (
-                            DType::F16,
-                            MatRef::with_strides(&sixteen, n, k, stride, 1)
-                                .unwrap()
-                                .into(),
-                        ),
-                        (
-                            DType::BF16,
-                            MatRef::with_strides(&brain, n, k, stride, 1)
-                                .unwrap()
-                                .into(),
-                        ),
-                    ];
-                    for (dtype, up) in matrices {
-                        for gate in [None, Some(up)] {
-                            let gated = gate.is_some();
-                            let layout = PanelLayout {
-                                lanes,
-                                dtype,
-                                n,
-                                k,
-                                gated,
-                            };
-                            check(&layout, &Columns { gate, up });
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
+mod tests;

@@ -317,6 +317,20 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         }
         (self.load_slice(&z), self.load_slice(&z[Self::LANES..]))
     }
+    /// Lane l of vector i becomes lane i of vector l, for the first `LANES` vectors.
+    #[inline(always)]
+    fn transpose(self, v: &mut [Self::F; MAX_LANES]) {
+        let half = Self::LANES / 2;
+        let mut done = 1;
+        while done < Self::LANES {
+            // The highest bit of the row's number becomes the lowest of the lane's, and the highest of the lane's the lowest of the row's.
+            let old = *v;
+            for i in 0..half {
+                (v[2 * i], v[2 * i + 1]) = self.zip(old[i], old[i + half]);
+            }
+            done *= 2;
+        }
+    }
     /// The lanes where `m`, in their order, at the front; what follows them is unspecified.
     #[inline(always)]
     fn compress(self, m: Self::M, a: Self::I) -> Self::I {

@@ -22,8 +22,6 @@
 //! | `sort.rs` | networks |
 //! | `weigh.rs` | sorted ids and their weights |
 //! | `tile.rs` | transposition |
-//!
-//! What lost: see the end of `benches/record/epyc-zen5-2core/2026-11-25-routing.md`.
 
 mod groups;
 mod prune;

@@ -23,7 +23,7 @@ pub(super) fn load_tile<S: Simd, const N: usize>(
         for (v, row) in v.iter_mut().zip(&rows[tile..][..S::LANES]) {
             *v = s.load_slice(&row[first + part..]);
         }
-        transpose(s, &mut v);
+        s.transpose(&mut v);
         all[part..][..S::LANES].copy_from_slice(&v[..S::LANES]);
     }
     all
@@ -43,24 +43,10 @@ pub(super) fn load_tile_i<S: Simd>(
         for (v, row) in v.iter_mut().zip(&rows[tile..][..S::LANES]) {
             *v = s.from_bits(s.load_slice_i(&row[first + part..]));
         }
-        transpose(s, &mut v);
+        s.transpose(&mut v);
         all[part..][..S::LANES].copy_from_slice(&v[..S::LANES]);
     }
     all
-}
-
-/// Lane l of vector i becomes lane i of vector l, for the first `LANES` vectors.
-#[inline(always)]
-pub(super) fn transpose<S: Simd>(s: S, v: &mut [S::F; MAX_LANES]) {
-    let half = S::LANES / 2;
-    let mut done = 1;
-    while done < S::LANES {
-        let old = *v;
-        for i in 0..half {
-            (v[2 * i], v[2 * i + 1]) = s.zip(old[i], old[i + half]);
-        }
-        done *= 2;
-    }
 }
 
 /// Writes the first `k` of each token of a tile to its row of `out`, which begins at the tile.
@@ -70,7 +56,7 @@ pub(super) fn store_tile<S: Simd>(s: S, k: usize, slots: [S::F; SLOTS], out: &mu
     for part in (0..k).step_by(S::LANES) {
         let mut v = [s.splat(0.0); MAX_LANES];
         v[..S::LANES].copy_from_slice(&slots[part..][..S::LANES]);
-        transpose(s, &mut v);
+        s.transpose(&mut v);
         for (row, &v) in rows.iter_mut().zip(&v).take(S::LANES) {
             s.store_slice(&mut row[part..], v);
         }
