@@ -113,6 +113,8 @@ pub struct Stage {
     pub seconds: f64,
     /// Operations of its matrix products.
     pub flops: f64,
+    /// Format of their weights, which decides what could be reached.
+    pub weights: DType,
     /// Bytes that must move at least: each operand once.
     pub bytes: f64,
 }
@@ -219,6 +221,7 @@ pub fn measure(
         name: "layer, one call",
         seconds: median(whole.iter().copied()),
         flops: stages.iter().map(|s| s.flops).sum(),
+        weights: call.dtype,
         bytes: stages.iter().map(|s| s.bytes).sum(),
     });
     Ok(Measured {
@@ -324,11 +327,15 @@ impl<'a> Call<'a> {
         );
         let (size, width) = (self.dtype.size(), self.architecture.router.num_logits());
         let mut stages = Vec::new();
+        let dtype = self.dtype;
         let mut push = |name, seconds, flops: usize, bytes: usize| {
+            // The gate is f32; only the experts have the layer's format.
+            let of_experts = !["router GEMM", "routing", "combine"].contains(&name);
             stages.push(Stage {
                 name,
                 seconds,
                 flops: flops as f64,
+                weights: if of_experts { dtype } else { DType::F32 },
                 bytes: bytes as f64,
             });
         };

@@ -45,14 +45,7 @@ pub fn header(
 pub fn machine(out: &mut dyn Write, cpu: &Cpu, machine: Option<&Machine>) -> Result<()> {
     write!(out, "cpu: {}, {} thread(s)", cpu.isa(), cpu.threads())?;
     if let Some(machine) = machine {
-        let (flops, bytes) = (
-            machine.ceilings.fma_peak / 1e9,
-            machine.ceilings.read_bandwidth / 1e9,
-        );
-        write!(
-            out,
-            "; measured at the start: {flops:.1} GFLOP/s of f32 FMA, {bytes:.1} GB/s read"
-        )?;
+        write!(out, "; measured at the start: {}", machine.ceilings)?;
     }
     Ok(writeln!(out)?)
 }
@@ -82,15 +75,15 @@ pub fn stages(out: &mut dyn Write, machine: Option<&Machine>, measured: &Measure
         }
     )?;
     if let Some(m) = machine {
-        let (flops, bytes) = (m.ceilings.fma_peak / 1e9, m.ceilings.read_bandwidth / 1e9);
         writeln!(
             out,
-            "  shares are of {flops:.1} GFLOP/s and {bytes:.1} GB/s, the best seen so far"
+            "  shares are of the best seen so far: {}; bf16 experts are held against bf16 dot where there is one",
+            m.ceilings
         )?;
     }
     writeln!(
         out,
-        "  stage                 time   GFLOP/s  of FMA peak     GB/s  of read bandwidth"
+        "  stage                 time   GFLOP/s      of peak     GB/s  of read bandwidth"
     )?;
     for stage in &measured.stages {
         let (flops, bytes) = (stage.flops / stage.seconds, stage.bytes / stage.seconds);
@@ -101,7 +94,7 @@ pub fn stages(out: &mut dyn Write, machine: Option<&Machine>, measured: &Measure
         let (mut work, mut of_peak) = (String::new(), String::new());
         if stage.flops > 0.0 {
             work = format!("{:.1}", flops / 1e9);
-            of_peak = share(flops, machine.map(|m| m.ceilings.fma_peak));
+            of_peak = share(flops, machine.map(|m| m.ceilings.flop_peak(stage.weights)));
         }
         let of_bandwidth = share(bytes, machine.map(|m| m.ceilings.read_bandwidth));
         writeln!(
