@@ -1,13 +1,20 @@
 //! Routing at the shapes of published models: nanoseconds a token on one thread and on all, beside plain Rust with libm.
 //!
-//! `cargo bench --bench routing` checks every answer against the f64 oracle, prints a table (best of interleaved runs: ours, rival, ours, …), and then
-//! criterion's own figures.
+//! `cargo bench --bench routing` checks every answer against the f64 oracle, prints a table (best of interleaved runs: ours, rival, ours, …), then each
+//! score function at several E and T (medians of interleaved runs, beside the time to read the logits at the bandwidth of the same run), and then
+//! criterion's own figures. `-- scores` prints only the score functions. `MOE_KERNELS_ISA` chooses the instruction set.
 
 #![allow(missing_docs)] // criterion's macros make public functions
 
+#[path = "support/micro.rs"]
+mod micro;
+
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use moe_kernels::cpu::roofline::read_bandwidth;
 use moe_kernels::reference;
-use moe_kernels::routing::{RouteInput, Router, RouterConfig, Routing};
+use moe_kernels::routing::{
+    RankBy, Renorm, RouteInput, Router, RouterConfig, Routing, Score, Selection, WeightSource,
+};
 use moe_kernels::{Cpu, MatRef};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -86,7 +93,6 @@ impl Problem {
         self.route(cpu, &mut routing);
         let tokens = self.tokens.min(4);
         let mut spec = reference::RouterSpec::top_k(config.num_experts, config.top_k);
-        use moe_kernels::routing::{RankBy, Renorm, Score, Selection, WeightSource};
         spec.num_null = config.null_experts.count();
         spec.scale = config.scale.into();
         if config.score == Score::Sigmoid {
@@ -183,7 +189,7 @@ fn race(tokens: usize, runs: &mut [&mut dyn FnMut()]) -> Vec<f64> {
 }
 
 fn table() {
-    let (one, all) = (Cpu::new().single_threaded(), Cpu::new());
+    let (one, all) = (isa().single_threaded(), isa());
     println!("isa {}, {} threads, ns a token", all.isa(), all.threads());
     println!(
         "{:26} {:>6} {:>12} {:>12} {:>14}",
@@ -222,10 +228,106 @@ fn table() {
     }
 }
 
+fn isa() -> Cpu {
+    Cpu::from_env().expect("MOE_KERNELS_ISA")
+}
+
+/// A router for each score function, and for each way to rank and weigh that changes the work.
+fn score_functions(experts: usize, k: usize) -> Vec<(&'static str, Router)> {
+    let bias: Vec<f32> = micro::normals(3, experts)
+        .iter()
+        .map(|b| b / 16.0)
+        .collect();
+    let scored = |score| RouterConfig {
+        score,
+        renorm: Renorm::Sum,
+        ..RouterConfig::new(experts, k)
+    };
+    let by_logit = |score| RouterConfig {
+        selection: Selection::TopK {
+            rank_by: RankBy::Logit,
+            groups: None,
+        },
+        ..scored(score)
+    };
+    let selected = RouterConfig {
+        weights: WeightSource::SoftmaxSelectedLogits,
+        renorm: Renorm::None,
+        ..by_logit(Score::Softmax)
+    };
+    let router = |config| Router::new(config).unwrap();
+    let biased = |config| router(config).with_correction_bias(&bias).unwrap();
+    vec![
+        ("softmax", router(scored(Score::Softmax))),
+        ("softmax of selected", router(selected)),
+        ("softmax + bias", biased(scored(Score::Softmax))),
+        ("sigmoid", router(scored(Score::Sigmoid))),
+        ("sigmoid by logit", router(by_logit(Score::Sigmoid))),
+        ("sigmoid + bias", biased(scored(Score::Sigmoid))),
+        ("√softplus", router(scored(Score::SqrtSoftplus))),
+        ("√softplus + bias", biased(scored(Score::SqrtSoftplus))),
+        ("identity", router(scored(Score::Identity))),
+    ]
+}
+
+/// Nanoseconds a token on one thread, and the ratio to softmax.
+fn score_table() {
+    let cpu = isa().single_threaded();
+    let buffer = vec![1.0f32; if micro::quick() { 1 << 16 } else { 1 << 26 }];
+    let read = read_bandwidth(&cpu, &buffer, Duration::from_millis(300));
+    println!(
+        "isa {}, one thread, K 8, ns a token (× softmax); read {:.1} GB/s",
+        cpu.isa(),
+        read / 1e9
+    );
+    for experts in [64, 128, 256, 512] {
+        let routers = score_functions(experts, 8);
+        println!(
+            "E {experts}; reading the logits {:.1} ns",
+            4e9 * experts as f64 / read
+        );
+        let all: Vec<Vec<f64>> = [1, 64, 4096]
+            .map(|tokens| {
+                let logits = random(1, tokens * experts);
+                let input = RouteInput::new(MatRef::new(&logits, tokens, experts).unwrap());
+                let mut routing = Routing::new();
+                let cell = std::cell::RefCell::new(&mut routing);
+                let mut calls: Vec<Box<dyn FnMut() + '_>> = routers
+                    .iter()
+                    .map(|(_, router)| {
+                        let (cell, input) = (&cell, &input);
+                        Box::new(move || router.route(&cpu, input, &mut cell.borrow_mut()).unwrap())
+                            as _
+                    })
+                    .collect();
+                let mut calls: Vec<&mut dyn FnMut()> =
+                    calls.iter_mut().map(|c| &mut **c as _).collect();
+                let times = micro::medians(tokens, &mut calls);
+                times.iter().map(|t| t * 1e9 / tokens as f64).collect()
+            })
+            .into();
+        for (i, (name, _)) in routers.iter().enumerate() {
+            print!("{name:22}");
+            for (times, tokens) in all.iter().zip([1, 64, 4096]) {
+                print!(
+                    "  T {tokens:>4} {:>7.1} ({:4.2})",
+                    times[i],
+                    times[i] / times[0]
+                );
+            }
+            println!();
+        }
+    }
+}
+
 fn bench(c: &mut Criterion) {
+    if std::env::args().any(|arg| arg == "scores") {
+        return score_table();
+    }
     table();
+    score_table();
     let mut group = c.benchmark_group("routing");
-    let cpu = Cpu::new();
+    let cpu = isa();
     for problem in problems() {
         let mut routing = Routing::new();
         group.throughput(Throughput::Elements(problem.tokens as u64));
