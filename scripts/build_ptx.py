@@ -282,9 +282,6 @@ def build(stems: list[str], folder: pathlib.Path) -> None:
         path.write_text(text)
         sections[key] = section
         print(section, end="")
-    for path in KERNELS.glob("ptx/*/*.ptx"):
-        if str(path.relative_to(KERNELS)) not in known:
-            path.unlink()  # Its source is gone.
     (KERNELS / "MANIFEST").write_text(manifest_text(sections))
 
 
