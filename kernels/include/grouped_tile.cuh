@@ -200,7 +200,7 @@ struct Fragments {
 
 // Scale, bias, activation and store of a warp's sums, eight rows at a time through `strip`.
 template <class Shape>
-MOE_DEVICE void finish(const GroupedGemmParams& p, const Tile& tile, const float (&acc)[Shape::Mi][Shape::Ni][4], float* strip) {
+MOE_DEVICE void finish_warp(const GroupedGemmParams& p, const Tile& tile, const float (&acc)[Shape::Mi][Shape::Ni][4], float* strip) {
     const uint32_t lane = ptx::lane_id(), warp = threadIdx.x / 32;
     const uint32_t warp_row = warp / Shape::WarpsN * Shape::WarpRows;
     const bool gated = p.activation.gated != 0;
@@ -228,7 +228,7 @@ MOE_DEVICE void finish(const GroupedGemmParams& p, const Tile& tile, const float
             float g[8], u[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) g[i] = sums[i], u[i] = gated ? sums[8 + i] : 0.0f;
-            finish_8(p, tile.expert, r, column, g, u);
+            finish<true>(p, tile.expert, r, column, g, u);
         }
     }
 }
@@ -303,7 +303,7 @@ MOE_DEVICE void tile_product(const GroupedGemmParams& p, unsigned char* shared) 
             write = advance(write);
             loader.advance(p, column_tiles, k_bytes, ring);
         }
-        finish<Shape>(p, tile, acc, strip);
+        finish_warp<Shape>(p, tile, acc, strip);
     }
     ptx::cp_async_wait_all();
 }
