@@ -31,12 +31,14 @@ namespace grouped {
 // What a step of 32 bytes of k does: mma.sync of one format.
 struct Bf16 {
     static constexpr uint32_t ElementBytes = 2;
+    MOE_DEVICE static uint32_t w_bytes(const GroupedGemmParams&) { return 2; }
     MOE_DEVICE static void prepare(uint32_t (&)[4]) {}
     MOE_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_m16n8k16_bf16(d, a, b); }
 };
 
 struct F16 {
     static constexpr uint32_t ElementBytes = 2;
+    MOE_DEVICE static uint32_t w_bytes(const GroupedGemmParams&) { return 2; }
     MOE_DEVICE static void prepare(uint32_t (&)[4]) {}
     MOE_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_m16n8k16_f16(d, a, b); }
 };
@@ -44,6 +46,7 @@ struct F16 {
 // ldmatrix moves 32-bit elements as pairs of 16-bit ones; the lanes get exactly the fragment of m16n8k8. Rounded, not truncated, to TF32.
 struct Tf32 {
     static constexpr uint32_t ElementBytes = 4;
+    MOE_DEVICE static uint32_t w_bytes(const GroupedGemmParams&) { return 4; }
     MOE_DEVICE static void prepare(uint32_t (&r)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) r[i] = ptx::f32_to_tf32(__uint_as_float(r[i]));
@@ -88,6 +91,7 @@ struct TileLoader {
     const unsigned char* w = nullptr;
     int64_t w_step = 0;     // from one pass's row of W to the next
     uint32_t w_left = 0;    // columns of N from this thread's first one on
+    uint32_t first_row = 0;  // of the open tile
 
     MOE_DEVICE void open(const GroupedGemmParams& p, uint32_t column_tiles, Tile* ring) {
         const uint32_t row = threadIdx.x / Shape::Chunks;
@@ -100,6 +104,7 @@ struct TileLoader {
         a_valid = 0;
         w_left = 0;
         if (!more) return;
+        first_row = tile.first_row;
 #pragma unroll
         for (int i = 0; i < Shape::PassesA; ++i) {
             const uint32_t r = row + i * Shape::RowsPerPass;
@@ -111,8 +116,8 @@ struct TileLoader {
         const bool gated = p.activation.gated != 0;
         const bool gate = gated && (row / 8) % 2 == 0;
         const uint32_t column = gated ? tile.column_tile * (Shape::Columns / 2) + row / 16 * 8 + row % 8 : tile.column_tile * Shape::Columns + row;
-        const int64_t row_bytes = (gate ? p.gate_row_stride : p.up_row_stride) * static_cast<int64_t>(Format::ElementBytes);
-        w = matrix_of(p, gate, tile.expert, Format::ElementBytes) + column * row_bytes;
+        const int64_t row_bytes = (gate ? p.gate_row_stride : p.up_row_stride) * static_cast<int64_t>(Format::w_bytes(p));
+        w = matrix_of(p, gate, tile.expert, Format::w_bytes(p)) + column * row_bytes;
         w_step = row_bytes * (gated ? Shape::RowsPerPass / 2 : Shape::RowsPerPass);
         w_left = p.n > column ? p.n - column : 0;
     }
