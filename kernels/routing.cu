@@ -79,16 +79,16 @@ GENERAL(8)
 WIDE(4)
 WIDE(16)
 
-// Capacity, first step where tokens are served by importance. Grid: blocks of a scope, scopes.
+// Capacity, first step where tokens are served by importance. Grid: scopes, blocks of a scope.
 extern "C" __global__ void __launch_bounds__(128) moe_routing_order(const __grid_constant__ RoutingParams p) {
     MOE_SHARED(int32_t[128], tile);
     order_tokens(p, tile);
 }
 MOE_KERNEL(moe_routing_order)
 
-// Capacity: drops pairs. Grid: experts, scopes.
+// Capacity: drops pairs. Grid: scopes, experts.
 extern "C" __global__ void __launch_bounds__(32) moe_routing_capacity(const __grid_constant__ RoutingParams p) {
-    serve_expert(p, blockIdx.x, threadIdx.x);
+    serve_expert(p, blockIdx.y, threadIdx.x);
 }
 MOE_KERNEL(moe_routing_capacity)
 

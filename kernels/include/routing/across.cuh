@@ -12,9 +12,9 @@ namespace routing {
 ///
 /// T·scope comparisons in all, 128 at a time from shared memory: 16384 tokens in one scope are 2.7·10⁸, some 30 µs of an H200's integer lanes.
 MOE_DEVICE void order_tokens(const RoutingParams& p, int32_t (&tile)[128]) {
-    const uint64_t first = static_cast<uint64_t>(blockIdx.y) * p.scope;
+    const uint64_t first = static_cast<uint64_t>(blockIdx.x) * p.scope;
     const uint32_t count = p.tokens - first < p.scope ? static_cast<uint32_t>(p.tokens - first) : p.scope;
-    for (uint32_t start = blockIdx.x * 128; start < count; start += gridDim.x * 128) {
+    for (uint32_t start = blockIdx.y * 128; start < count; start += gridDim.y * 128) {
         const uint32_t i = start + threadIdx.x;
         const int32_t mine = i < count ? p.importance[first + i] : 0;
         uint32_t rank = 0;
@@ -37,7 +37,7 @@ MOE_DEVICE void order_tokens(const RoutingParams& p, int32_t (&tile)[128]) {
 /// A pair belongs to one expert, so one warp alone may drop it. Another warp that reads the id meanwhile sees −1 or this expert, neither of which is
 /// its own, and goes on alike. Each warp reads all ids of its scope, from L2: E·T·K/32 words, 4 µs for E = 64, T·K = 32768.
 MOE_DEVICE void serve_expert(const RoutingParams& p, uint32_t expert, uint32_t lane) {
-    const uint64_t first = static_cast<uint64_t>(blockIdx.y) * p.scope;
+    const uint64_t first = static_cast<uint64_t>(blockIdx.x) * p.scope;
     const uint32_t count = p.tokens - first < p.scope ? static_cast<uint32_t>(p.tokens - first) : p.scope;
     uint32_t accepted = 0;
     for (uint32_t slot = 0; slot < p.slots; ++slot) {
@@ -161,7 +161,7 @@ MOE_DEVICE void serve_token(const RoutingParams& p, uint64_t t, uint32_t tid, Ro
     }
     team.sync();  // all scores are in the room before the first is overwritten
     Queue<J, SIZE> queue;
-    queue.fill(keys, tid, true);
+    queue.fill(keys, tid);
     uint32_t count = 0;
     for (; count < p.slots; ++count) {
         int32_t best = queue.key;
@@ -171,8 +171,8 @@ MOE_DEVICE void serve_token(const RoutingParams& p, uint64_t t, uint32_t tid, Ro
         if (queue.index == id) {
             ids[count] = static_cast<int32_t>(id);
             weights[count] = numerics::from_bits(room.row[id]);
-            queue.pop(keys, tid);
         }
+        queue.pop(keys, tid, best, id);
     }
     for (uint32_t slot = count + tid; slot < p.slots; slot += SIZE) {
         ids[slot] = -1;

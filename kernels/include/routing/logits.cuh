@@ -118,14 +118,20 @@ MOE_DEVICE Soft softmax(const RoutingParams& p, Team<WARPS>& team, R& room, cons
     }
     if (!team.any(room, !ordinary)) {
 #pragma unroll
-        for (int j = 0; j < J; ++j) s[j] = j * SIZE + team.tid < p.width ? numerics::exp_normal(s[j]) : 0.0f;
+        for (int j = 0; j < J; ++j) {
+            const float e = numerics::exp_normal(s[j]);  // of nonsense beyond the row; a branch around it would cost more
+            s[j] = j * SIZE + team.tid < p.width ? e : 0.0f;
+        }
         soft.sum = row_sum(p, team, room, s);
         const float r = __fdiv_rn(1.0f, soft.sum);
 #pragma unroll
         for (int j = 0; j < J; ++j) s[j] = quotient(s[j], soft.sum, r);
     } else {
 #pragma unroll
-        for (int j = 0; j < J; ++j) s[j] = j * SIZE + team.tid < p.width ? numerics::exp(s[j]) : 0.0f;
+        for (int j = 0; j < J; ++j) {
+            const float e = numerics::exp(s[j]);
+            s[j] = j * SIZE + team.tid < p.width ? e : 0.0f;
+        }
         soft.sum = row_sum(p, team, room, s);
 #pragma unroll
         for (int j = 0; j < J; ++j) s[j] = __fdiv_rn(s[j], soft.sum);

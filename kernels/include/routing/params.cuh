@@ -17,8 +17,7 @@ enum Flags : uint32_t {
     ZeroNulls = 8,         // ids from E on weigh 0
     StackedKeys = 16,      // product keys: Doge's layout
     Noisy = 32,            // logits + normal · softplus(noise logit)
-    LeaveRaw = 64,         // weights are renormalised and scaled by a later kernel
-    BatchPrioritized = 128 // capacity: by importance
+    LeaveRaw = 64          // weights are renormalised and scaled by a later kernel
 };
 
 struct RoutingParams {

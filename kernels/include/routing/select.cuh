@@ -50,12 +50,21 @@ MOE_DEVICE void load_product(const RoutingParams& p, uint64_t t, const Team<WARP
 template <int J, int WARPS>
 MOE_DEVICE void rank(const RoutingParams& p, const Team<WARPS>& team, const float (&values)[J], const float* bias, int32_t (&keys)[J]) {
     constexpr uint32_t SIZE = Team<WARPS>::SIZE;
+    float x[J];
+#pragma unroll
+    for (int j = 0; j < J; ++j) x[j] = values[j];
+    if (bias != nullptr) {
+        // All loads first. What is beyond the row is excluded below.
+        float b[J];
+#pragma unroll
+        for (int j = 0; j < J; ++j) b[j] = j * SIZE + team.tid < p.selectable ? __ldg(bias + (j * SIZE + team.tid)) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < J; ++j) x[j] = __fadd_rn(x[j], b[j]);
+    }
 #pragma unroll
     for (int j = 0; j < J; ++j) {
-        const uint32_t e = j * SIZE + team.tid;
-        float x = values[j];
-        if (bias != nullptr && e < p.selectable) x = __fadd_rn(x, __ldg(bias + e));
-        keys[j] = e < p.selectable ? key_of(x) : EXCLUDED;
+        const int32_t key = key_of(x[j]);
+        keys[j] = j * SIZE + team.tid < p.selectable ? key : EXCLUDED;
     }
 }
 
@@ -124,15 +133,13 @@ MOE_DEVICE void limit_groups(const RoutingParams& p, Team<WARPS>& team, R& room,
 #pragma unroll
     for (int j = 0; j < J; ++j) room.row[j * SIZE + team.tid] = 0;
     Queue<J, SIZE> queue;
-    queue.fill(g, team.tid, true);
+    queue.fill(g, team.tid);
     for (uint32_t i = 0; i < p.kept_groups; ++i) {
         int32_t best = queue.key;
         uint32_t group = queue.index;
         team.arg_max(room, best, group);
-        if (queue.index == group) {
-            room.row[group] = 1;  // this thread's own element
-            queue.pop(g, team.tid);
-        }
+        if (queue.index == group) room.row[group] = 1;  // this thread's own element
+        queue.pop(g, team.tid, best, group);
     }
     team.sync();
 #pragma unroll
@@ -158,7 +165,7 @@ struct Chosen {
 template <int J, int WARPS, int CHUNKS, class R>
 MOE_DEVICE void top_k(uint32_t k, Team<WARPS>& team, R& room, const int32_t (&keys)[J], Chosen<CHUNKS>& chosen) {
     Queue<J, Team<WARPS>::SIZE> queue;
-    queue.fill(keys, team.tid, true);
+    queue.fill(keys, team.tid);
     for (uint32_t slot = 0; slot < k; ++slot) {
         int32_t best = queue.key;
         uint32_t id = queue.index;
@@ -170,7 +177,7 @@ MOE_DEVICE void top_k(uint32_t k, Team<WARPS>& team, R& room, const int32_t (&ke
                 chosen.key[c] = best;
             }
         }
-        if (queue.index == id) queue.pop(keys, team.tid);
+        queue.pop(keys, team.tid, best, id);
     }
 }
 

@@ -26,7 +26,10 @@ MOE_DEVICE float value_of(int32_t key) {
 }
 
 /// The ranking key: NaN < −∞ < … < −0 = +0 < … < +∞.
-MOE_DEVICE int32_t key_of(float x) { return x == x ? ordered(__fadd_rn(x, 0.0f)) : NAN_KEY; }
+MOE_DEVICE int32_t key_of(float x) {
+    const int32_t key = ordered(__fadd_rn(x, 0.0f));
+    return x == x ? key : NAN_KEY;
+}
 
 /// Shared memory of a team. Small things are double, so that one barrier a round is enough.
 template <int J, int WARPS>
@@ -99,11 +102,10 @@ template <int J, uint32_t STRIDE>
 struct Queue {
     int32_t key, next_key;
     uint32_t index, next_index;
-    uint32_t left;      // before a refill
-    int32_t last_key;   // what this thread gave last: everything after it in ranking order is still there
-    uint32_t last_index;
+    uint32_t left;  // elements at hand
 
-    MOE_DEVICE void fill(const int32_t (&keys)[J], uint32_t tid, bool all) {
+    /// Finds the two best of all, or of those after (last_key, last_index) in ranking order.
+    MOE_DEVICE void fill(const int32_t (&keys)[J], uint32_t tid, bool all, int32_t last_key, uint32_t last_index) {
         key = next_key = EXCLUDED;
         index = next_index = NO_INDEX;
         left = 2;
@@ -112,29 +114,29 @@ struct Queue {
             const uint32_t e = static_cast<uint32_t>(j) * STRIDE + tid;
             const bool there = all || keys[j] < last_key || (keys[j] == last_key && e > last_index);
             const int32_t mine = there ? keys[j] : EXCLUDED;
-            if (mine > key) {  // an equal one comes later in index
-                next_key = key;
-                next_index = index;
-                key = mine;
-                index = e;
-            } else if (mine > next_key) {
-                next_key = mine;
-                next_index = e;
-            }
+            // An equal one comes later in index: it is not better.
+            const bool best = mine > key, second = mine > next_key;
+            next_index = best ? index : (second ? e : next_index);
+            next_key = best ? key : (second ? mine : next_key);
+            index = best ? e : index;
+            key = best ? mine : key;
         }
     }
 
-    MOE_DEVICE void pop(const int32_t (&keys)[J], uint32_t tid) {
-        if constexpr (J > 2) {
-            last_key = key;
-            last_index = index;
-        }
-        key = next_key;
-        index = next_index;
-        next_key = EXCLUDED;
-        next_index = NO_INDEX;
-        if constexpr (J > 2) {
-            if (--left == 0) fill(keys, tid, false);
+    MOE_DEVICE void fill(const int32_t (&keys)[J], uint32_t tid) { fill(keys, tid, true, 0, 0); }
+
+    /// Drops the winner of a round, if it was this thread's.
+    MOE_DEVICE void pop(const int32_t (&keys)[J], uint32_t tid, int32_t best, uint32_t winner) {
+        const bool mine = index == winner;
+        key = mine ? next_key : key;
+        index = mine ? next_index : index;
+        if constexpr (J <= 2) {
+            next_key = mine ? EXCLUDED : next_key;
+            next_index = mine ? NO_INDEX : next_index;
+        } else {
+            // What was second is given once: after that the queue is filled again, and after no earlier element than the winner.
+            left -= mine ? 1 : 0;
+            if (left == 0) fill(keys, tid, false, best, winner);
         }
     }
 };
