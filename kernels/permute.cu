@@ -321,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) moe_permute_place(const __
     clear_table(p, t);
     const uint32_t* const partial = p.partial + size_t{blockIdx.x} * p.local;
     for (uint32_t e = threadIdx.x; e < p.local; e += THREADS) {
-        t.next[e] = partial[e];
+        t.next[e] = begin < p.pairs ? partial[e] : 0;  // a block without pairs has no histogram
         t.ends[e] = p.totals[e];
     }
     __syncthreads();

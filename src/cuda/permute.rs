@@ -38,6 +38,25 @@ pub const MAX_EXPERTS: usize = 4096;
 /// The most pairs that are sorted in one launch, in which each block counts all pairs for itself. Beyond, three launches do less work.
 pub const ONE_LAUNCH_PAIRS: usize = 65536;
 
+/// How pairs are sorted. Both ways give the same; which is faster depends on their number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PermutePath {
+    /// Every block counts all pairs for itself, then places its own.
+    OneLaunch,
+    /// Count, add up, place.
+    ThreeLaunches,
+}
+
+impl PermutePath {
+    /// The faster one: one launch up to [`ONE_LAUNCH_PAIRS`].
+    pub fn for_pairs(pairs: usize) -> Self {
+        match pairs <= ONE_LAUNCH_PAIRS {
+            true => Self::OneLaunch,
+            false => Self::ThreeLaunches,
+        }
+    }
+}
+
 /// Threads of a block of the kernels that count and place (`THREADS` there).
 const THREADS: u32 = 512;
 /// Pairs that a block ranks at a time (`ROUND` there).
@@ -137,8 +156,23 @@ pub fn workspace_size(
     options: &PermuteOptions,
     device: &DeviceInfo,
 ) -> Result<usize> {
+    let path = PermutePath::for_pairs(max_pairs);
+    workspace_size_by(path, max_pairs, num_experts, options, device)
+}
+
+/// [`workspace_size`] for a path of one's own choice.
+///
+/// # Errors
+/// As [`max_rows`].
+pub fn workspace_size_by(
+    path: PermutePath,
+    max_pairs: usize,
+    num_experts: usize,
+    options: &PermuteOptions,
+    device: &DeviceInfo,
+) -> Result<usize> {
     max_rows(max_pairs, num_experts, options)?;
-    if max_pairs <= ONE_LAUNCH_PAIRS {
+    if path == PermutePath::OneLaunch {
         return Ok(0);
     }
     let local = options.local.clone().map_or(num_experts, |l| l.len());
@@ -177,9 +211,25 @@ pub fn plan_permute(
     pointers: &PermutePointers,
     device: &DeviceInfo,
 ) -> Result<PermutePlan> {
+    let path = PermutePath::for_pairs(pairs);
+    plan_permute_by(path, pairs, num_experts, options, pointers, device)
+}
+
+/// [`plan_permute`] on a path of one's own choice; the workspace has [`workspace_size_by`] bytes.
+///
+/// # Errors
+/// As [`plan_permute`].
+pub fn plan_permute_by(
+    path: PermutePath,
+    pairs: usize,
+    num_experts: usize,
+    options: &PermuteOptions,
+    pointers: &PermutePointers,
+    device: &DeviceInfo,
+) -> Result<PermutePlan> {
     let capacity = max_rows(pairs, num_experts, options)?;
     let local = options.local.clone().unwrap_or(0..num_experts);
-    let workspace = workspace_size(pairs, num_experts, options, device)?;
+    let workspace = workspace_size_by(path, pairs, num_experts, options, device)?;
     for (name, pointer, len) in [
         ("ids", pointers.ids, pairs),
         ("counts", pointers.counts, num_experts),
@@ -190,10 +240,9 @@ pub fn plan_permute(
     ] {
         check_pointer(name, pointer, 4, len)?;
     }
-    let three = pairs > ONE_LAUNCH_PAIRS;
-    let chunk = match three {
-        true => chunk_len(pairs, local.len(), device),
-        false => ROUND,
+    let chunk = match path {
+        PermutePath::OneLaunch => ROUND,
+        PermutePath::ThreeLaunches => chunk_len(pairs, local.len(), device),
     };
     let chunks = pairs.div_ceil(chunk);
     // All of these are below 2³¹: rows and pairs by `max_rows`; so is the block, unless it pads nothing.
@@ -221,7 +270,7 @@ pub fn plan_permute(
             .shared((bytes_per_expert * local.len()) as u32)
     };
     let one = launch("moe_permute_one", chunks.max(1), THREADS, BYTES_PER_EXPERT);
-    if !three {
+    if path == PermutePath::OneLaunch {
         return Ok(PermutePlan {
             launches: [one.clone(), one.clone(), one],
             len: 1,
@@ -231,7 +280,12 @@ pub fn plan_permute(
         launches: [
             launch("moe_permute_count", chunks, THREADS, 4),
             launch("moe_permute_columns", local.len().div_ceil(32), 1024, 0),
-            launch("moe_permute_place", chunks, THREADS, BYTES_PER_EXPERT),
+            launch(
+                "moe_permute_place",
+                chunks.max(1),
+                THREADS,
+                BYTES_PER_EXPERT,
+            ),
         ],
         len: 3,
     })
