@@ -1,7 +1,7 @@
 //! Device memory at the safe level: slices of cudarc, borrowed for one call on one stream.
 //!
-//! Operands of a fixed type (ids, weights, offsets) are taken as anything that is a cudarc slice: `CudaSlice`, `CudaView`, `CudaViewMut`. Operands of any
-//! number format are [`DeviceMat`] and [`DeviceMatMut`], views like the crate's [`MatRef`](crate::MatRef).
+//! Every operand of a call is a view that was made for the call's stream from whatever is a cudarc slice (`CudaSlice`, `CudaView`, `CudaViewMut`):
+//! [`DeviceVec`] for ids, weights and the like, [`DeviceMat`] for matrices of any number format, like the crate's [`MatRef`](crate::MatRef).
 //!
 //! # Streams and events
 //! cudarc, and candle with it, records an event for each read and write of a slice once a context has several streams, and lets a stream wait for the others'
@@ -11,51 +11,126 @@
 //!
 //! The per-thread default stream, which candle may use, belongs to the calling thread: call from the thread that owns the work.
 
+use super::combine::DeviceRows;
 use super::{Cuda, DevicePtr};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result, checked_mul};
 use cudarc::driver::{CudaStream, DevicePtr as Read, DevicePtrMut as Write, SyncOnDrop};
+use std::marker::PhantomData;
 
-/// A slice borrowed for a call: its address, and cudarc's note that the stream uses it, written when this is dropped.
-pub(crate) struct Borrowed<'a> {
-    pub(crate) ptr: DevicePtr,
+/// A slice in device memory that a call reads: ids, weights, a bias.
+pub struct DeviceVec<'a, T> {
+    ptr: DevicePtr,
+    len: usize,
+    stream: &'a CudaStream,
     _used: SyncOnDrop<'a>,
+    kind: PhantomData<&'a T>,
 }
 
-impl Cuda {
-    /// Borrows the first `needed` elements of a slice that a kernel reads.
-    pub(crate) fn read<'a, T>(
-        &self,
-        argument: &'static str,
-        stream: &'a CudaStream,
-        slice: &'a impl Read<T>,
-        needed: usize,
-    ) -> Result<Borrowed<'a>> {
-        self.check_context(argument, slice.stream().context())?;
-        check_len(argument, needed, slice.len())?;
-        let (ptr, used) = slice.device_ptr(stream);
-        Ok(Borrowed {
-            ptr: DevicePtr(ptr),
-            _used: used,
-        })
-    }
+/// A slice in device memory that a call writes, or uses as workspace.
+pub struct DeviceVecMut<'a, T> {
+    ptr: DevicePtr,
+    len: usize,
+    stream: &'a CudaStream,
+    _used: SyncOnDrop<'a>,
+    kind: PhantomData<&'a mut T>,
+}
 
-    /// Borrows the first `needed` elements of a slice that a kernel writes.
-    pub(crate) fn write<'a, T>(
-        &self,
-        argument: &'static str,
-        stream: &'a CudaStream,
-        slice: &'a mut impl Write<T>,
-        needed: usize,
-    ) -> Result<Borrowed<'a>> {
-        self.check_context(argument, slice.stream().context())?;
-        check_len(argument, needed, slice.len())?;
-        let (ptr, used) = slice.device_ptr_mut(stream);
-        Ok(Borrowed {
+impl<'a, T> DeviceVec<'a, T> {
+    /// A whole slice, for a call on `stream`.
+    pub fn new(stream: &'a CudaStream, slice: &'a impl Read<T>) -> Self {
+        let (ptr, used) = slice.device_ptr(stream);
+        Self {
             ptr: DevicePtr(ptr),
+            len: slice.len(),
+            stream,
             _used: used,
-        })
+            kind: PhantomData,
+        }
     }
+}
+
+impl<'a, T> DeviceVecMut<'a, T> {
+    /// A whole slice, for a call on `stream`.
+    pub fn new(stream: &'a CudaStream, slice: &'a mut impl Write<T>) -> Self {
+        let len = slice.len();
+        let (ptr, used) = slice.device_ptr_mut(stream);
+        Self {
+            ptr: DevicePtr(ptr),
+            len,
+            stream,
+            _used: used,
+            kind: PhantomData,
+        }
+    }
+}
+
+/// What one can ask either kind of slice.
+macro_rules! slice_accessors {
+    ($slice:ident) => {
+        impl<T> $slice<'_, T> {
+            /// Its address.
+            pub fn ptr(&self) -> DevicePtr {
+                self.ptr
+            }
+
+            /// Elements.
+            pub fn len(&self) -> usize {
+                self.len
+            }
+
+            /// Whether there are none.
+            pub fn is_empty(&self) -> bool {
+                self.len == 0
+            }
+
+            /// Its address, when it has at least `needed` elements and belongs to the call's stream.
+            pub(crate) fn expect(
+                &self,
+                cuda: &Cuda,
+                argument: &'static str,
+                stream: &CudaStream,
+                needed: usize,
+            ) -> Result<DevicePtr> {
+                check_len(argument, needed, self.len)?;
+                check_stream(cuda, argument, self.stream, stream)?;
+                Ok(self.ptr)
+            }
+        }
+
+        impl<T> core::fmt::Debug for $slice<'_, T> {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                write!(
+                    f,
+                    "{}({} elements at {:#x})",
+                    stringify!($slice),
+                    self.len,
+                    self.ptr.0
+                )
+            }
+        }
+    };
+}
+
+slice_accessors!(DeviceVec);
+slice_accessors!(DeviceVecMut);
+
+/// Refuses a view of another device or for another stream than the call's.
+fn check_stream(
+    cuda: &Cuda,
+    argument: &'static str,
+    found: &CudaStream,
+    stream: &CudaStream,
+) -> Result<()> {
+    cuda.check_context(argument, found.context())?;
+    if found.cu_stream() != stream.cu_stream() {
+        return Err(Error::value(
+            argument,
+            "a view made for the stream of the call",
+            "one for another stream",
+        ));
+    }
+    Ok(())
 }
 
 fn check_len(argument: &'static str, needed: usize, found: usize) -> Result<()> {
@@ -258,6 +333,15 @@ macro_rules! accessors {
                 self.0.stride
             }
 
+            /// The same as plain data.
+            pub fn as_rows(&self) -> DeviceRows {
+                DeviceRows {
+                    ptr: self.0.ptr,
+                    stride: self.0.stride,
+                    dtype: self.0.dtype,
+                }
+            }
+
             /// Refuses another shape, another stream than the call's, another device.
             pub(crate) fn expect(
                 &self,
@@ -274,15 +358,7 @@ macro_rules! accessors {
                         [self.0.rows, self.0.cols],
                     ));
                 }
-                cuda.check_context(argument, self.0.stream.context())?;
-                if self.0.stream.cu_stream() != stream.cu_stream() {
-                    return Err(Error::value(
-                        argument,
-                        "a view made for the stream of the call",
-                        "one for another stream",
-                    ));
-                }
-                Ok(())
+                check_stream(cuda, argument, self.0.stream, stream)
             }
         }
 

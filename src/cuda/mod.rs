@@ -12,7 +12,7 @@ pub mod routing;
 mod workspace;
 
 pub use launch::RawStream;
-pub use memory::{DeviceMat, DeviceMatMut};
+pub use memory::{DeviceMat, DeviceMatMut, DeviceVec, DeviceVecMut};
 pub use plan::{ComputeCapability, DeviceInfo, DevicePtr, Launch, Module, Swizzle, TensorMap};
 pub use ptx::ptx;
 
