@@ -64,6 +64,38 @@ pub enum Error {
         /// What came.
         found: String,
     },
+    /// The NVIDIA driver, or a GPU for it, is not there.
+    CudaUnavailable {
+        /// What is missing and what to do about it.
+        reason: String,
+    },
+    /// The driver cannot take the kernels' text: it is older than the text's `.version`.
+    CudaDriverTooOld {
+        /// What was being loaded.
+        what: &'static str,
+        /// The CUDA version that the text needs, `12.0` for example.
+        needed: String,
+        /// The CUDA version that the driver supports.
+        found: String,
+    },
+    /// The GPU cannot run the kernel: it is older than the kernel's target, or of a family that does not take it.
+    CudaUnsupportedGpu {
+        /// The kernel file.
+        what: &'static str,
+        /// The compute capability that it needs.
+        needed: &'static str,
+        /// The device's compute capability.
+        found: (u32, u32),
+    },
+    /// The driver refused a call.
+    CudaDriver {
+        /// The driver's function, or the kernel that was launched.
+        call: &'static str,
+        /// The number of the `CUresult`.
+        code: u32,
+        /// What the driver calls it, and what it may mean here.
+        message: String,
+    },
 }
 
 /// `Result` with this crate's [`Error`].
@@ -139,6 +171,28 @@ impl fmt::Display for Error {
                 expected,
                 found,
             } => write!(f, "{argument}: unknown name {found:?}, expected {expected}"),
+            Self::CudaUnavailable { reason } => write!(f, "cuda: {reason}"),
+            Self::CudaDriverTooOld {
+                what,
+                needed,
+                found,
+            } => write!(
+                f,
+                "cuda: the driver supports CUDA {found}, but the text of {what} needs CUDA {needed}; install a newer NVIDIA driver"
+            ),
+            Self::CudaUnsupportedGpu {
+                what,
+                needed,
+                found: (major, minor),
+            } => write!(
+                f,
+                "cuda: {what} needs a GPU of compute capability {needed}, this one has {major}.{minor}; use another kernel, another GPU or the CPU"
+            ),
+            Self::CudaDriver {
+                call,
+                code,
+                message,
+            } => write!(f, "cuda: {call} failed with {message} (CUresult {code})"),
         }
     }
 }

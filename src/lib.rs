@@ -93,6 +93,8 @@
 
 pub mod combine;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod element;
 pub mod error;
 pub mod experts;

@@ -1,0 +1,197 @@
+// The grouped product's parameters and its schedule, shared by every kernel of the stem.
+//
+//     out[r] = act( A[src(r)] · W[e]ᵀ + b[e] )     for the rows r of expert e: offsets[e] .. offsets[e] + counts[e]
+//
+// Rows between the experts (block alignment) are neither read nor written. Nothing here is read by the host: each block finds its tiles
+// from the counts on the device.
+#pragma once
+
+#include "epilogue.cuh"
+#include "ptx.cuh"
+
+namespace grouped {
+
+// `flags` of the parameters.
+enum Flags : uint32_t {
+    WeightTables = 1,  // gate, up: arrays [E] of addresses, one matrix each; the expert strides are not used
+    BiasTables = 2,    // gate_bias, up_bias: arrays [E] of addresses
+    AlignedOut = 4,    // out and its row stride are multiples of 16 bytes
+};
+
+// Mirrored in src/cuda/grouped_gemm/mod.rs. Strides are in elements. A plain product has `up` only.
+struct GroupedGemmParams {
+    const void* a;                // [rows or T, K], K contiguous
+    const uint32_t* pair_of_row;  // src(r) = pair_of_row[r] / slots; absent: r
+    const float* input_scale;     // a factor for each pair; absent: none
+    const int32_t* offsets;       // [E + 1]; absent: one group, rows 0 .. rows of expert 0
+    const int32_t* counts;        // [E]; absent: offsets[e + 1] − offsets[e]
+    const void* gate;             // [E, N, K], K contiguous, or a table
+    const void* up;
+    const void* gate_bias;        // [E, N]; absent: none
+    const void* up_bias;
+    void* out;                    // [rows, N]
+    int64_t a_row_stride;
+    int64_t gate_row_stride, gate_expert_stride;
+    int64_t up_row_stride, up_expert_stride;
+    int64_t gate_bias_expert_stride, up_bias_expert_stride;
+    int64_t out_row_stride;
+    uint32_t gate_bias_stride, up_bias_stride;  // from one column's bias to the next
+    uint32_t experts, rows, n, k, slots;
+    uint32_t flags;
+    uint32_t a_dtype, w_dtype, bias_dtype, out_dtype;
+    epilogue::Activation activation;
+};
+static_assert(sizeof(GroupedGemmParams) == 224, "mirrored in src/cuda/grouped_gemm/mod.rs");
+
+// One block's share of the output: rows first_row .. first_row + rows of an expert, columns from column_tile · (columns of a tile) on.
+struct Tile {
+    uint32_t expert;
+    uint32_t first_row;
+    uint32_t rows;  // 1 ..= RowsPerTile
+    uint32_t column_tile;
+};
+
+MOE_DEVICE uint32_t count_of(const GroupedGemmParams& p, uint32_t expert) {
+    if (p.offsets == nullptr) return p.rows;
+    if (p.counts != nullptr) return static_cast<uint32_t>(__ldg(p.counts + expert));
+    return static_cast<uint32_t>(__ldg(p.offsets + expert + 1) - __ldg(p.offsets + expert));
+}
+
+MOE_DEVICE uint32_t start_of(const GroupedGemmParams& p, uint32_t expert) {
+    return p.offsets == nullptr ? 0u : static_cast<uint32_t>(__ldg(p.offsets + expert));
+}
+
+// Finds tile t for ascending t: the whole warp calls it with the same arguments and gets the same answer. Every warp of a block may have
+// its own, so that no barrier is needed.
+//
+// Tiles are counted expert by expert. Inside an expert, `RowGroup` row tiles are a group; a group's tiles go column by column, its rows
+// innermost: blocks that run together share a column of weights (read from memory once, then L2) while the group's rows of A stay in L2.
+//
+// 128 experts at a time, four a lane: their counts come in one round of independent loads, a warp's prefix sum says which expert holds t.
+// The tiles before the chunk are remembered, so a walk over all tiles looks at each chunk a bounded number of times. 32-bit tile numbers:
+// `plan` refuses products of more than 2³¹ tiles.
+template <uint32_t RowsPerTile, uint32_t RowGroup = 16>
+struct TileFinder {
+    static constexpr uint32_t PerLane = 4;
+    static constexpr uint32_t Chunk = 32 * PerLane;
+
+    uint32_t chunk = 0;   // the first expert of the chunk
+    uint32_t before = 0;  // tiles of all experts before it
+
+    MOE_DEVICE bool find(const GroupedGemmParams& p, uint32_t column_tiles, uint32_t t, Tile& tile) {
+        const uint32_t lane = ptx::lane_id();
+        for (; chunk < p.experts; chunk += Chunk) {
+            const uint32_t first = chunk + lane * PerLane;
+            uint32_t counts[PerLane], ends[PerLane];
+            uint32_t sum = 0;
+#pragma unroll
+            for (uint32_t i = 0; i < PerLane; ++i) {
+                counts[i] = first + i < p.experts ? count_of(p, first + i) : 0;
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < PerLane; ++i) {
+                sum += (counts[i] + RowsPerTile - 1) / RowsPerTile * column_tiles;
+                ends[i] = sum;
+            }
+            uint32_t end = sum;  // inclusive prefix sum over the lanes
+#pragma unroll
+            for (uint32_t d = 1; d < 32; d *= 2) {
+                const uint32_t left = __shfl_up_sync(0xffffffffu, end, d);
+                if (lane >= d) end += left;
+            }
+            const uint32_t local = t - before;
+            const uint32_t holders = __ballot_sync(0xffffffffu, end > local);
+            if (holders != 0) {
+                const uint32_t holder = static_cast<uint32_t>(__ffs(static_cast<int>(holders))) - 1;
+                // Meaningful in the holder only.
+                const uint32_t within = local - (end - sum);
+                uint32_t which = 0, tile_in_expert = within, count = counts[0];
+#pragma unroll
+                for (uint32_t i = 1; i < PerLane; ++i) {
+                    if (within >= ends[i - 1]) which = i, tile_in_expert = within - ends[i - 1], count = counts[i];
+                }
+                count = __shfl_sync(0xffffffffu, count, holder);
+                tile_in_expert = __shfl_sync(0xffffffffu, tile_in_expert, holder);
+                tile.expert = __shfl_sync(0xffffffffu, first + which, holder);
+                place(tile, start_of(p, tile.expert), count, tile_in_expert, column_tiles);
+                return true;
+            }
+            before += __shfl_sync(0xffffffffu, end, 31);
+        }
+        return false;
+    }
+
+private:
+    MOE_DEVICE static void place(Tile& tile, uint32_t start, uint32_t count, uint32_t t, uint32_t column_tiles) {
+        const uint32_t row_tiles = (count + RowsPerTile - 1) / RowsPerTile;
+        const uint32_t group = t / (RowGroup * column_tiles);
+        const uint32_t within = t - group * RowGroup * column_tiles;
+        const uint32_t left = row_tiles - group * RowGroup;
+        const uint32_t group_rows = left < RowGroup ? left : RowGroup;
+        tile.column_tile = within / group_rows;
+        const uint32_t row = (group * RowGroup + within % group_rows) * RowsPerTile;
+        tile.first_row = start + row;
+        tile.rows = count - row < RowsPerTile ? count - row : RowsPerTile;
+    }
+};
+
+// The row of A that packed row r is a product of.
+MOE_DEVICE uint32_t source_row(const GroupedGemmParams& p, uint32_t r) {
+    return p.pair_of_row == nullptr ? r : __ldg(p.pair_of_row + r) / p.slots;
+}
+
+// The factor of packed row r, applied to its sums before the bias (`x·s` is not rounded to x's format as on the CPU).
+MOE_DEVICE float scale_of_row(const GroupedGemmParams& p, uint32_t r) {
+    if (p.input_scale == nullptr) return 1.0f;
+    return __ldg(p.input_scale + (p.pair_of_row == nullptr ? r : __ldg(p.pair_of_row + r)));
+}
+
+// The first byte of an expert's matrix.
+MOE_DEVICE const unsigned char* matrix_of(const GroupedGemmParams& p, bool gate, uint32_t expert, uint32_t element_bytes) {
+    const void* const base = gate ? p.gate : p.up;
+    if (p.flags & WeightTables) {
+        return reinterpret_cast<const unsigned char*>(__ldg(static_cast<const unsigned long long*>(base) + expert));
+    }
+    const int64_t stride = gate ? p.gate_expert_stride : p.up_expert_stride;
+    return static_cast<const unsigned char*>(base) + static_cast<int64_t>(expert) * stride * element_bytes;
+}
+
+// The bias of one column, where there is one.
+MOE_DEVICE float bias_of(const GroupedGemmParams& p, bool gate, uint32_t expert, uint32_t column) {
+    const void* base = gate ? p.gate_bias : p.up_bias;
+    int64_t at = static_cast<int64_t>(column) * (gate ? p.gate_bias_stride : p.up_bias_stride);
+    if (p.flags & BiasTables) {
+        base = reinterpret_cast<const void*>(__ldg(static_cast<const unsigned long long*>(base) + expert));
+    } else {
+        at += static_cast<int64_t>(expert) * (gate ? p.gate_bias_expert_stride : p.up_bias_expert_stride);
+    }
+    return epilogue::load_element(base, p.bias_dtype, at);
+}
+
+// v[i] += bias of column + i, for the columns below N; nothing where there is no bias, so that −0 stays −0.
+template <int N>
+MOE_DEVICE void add_bias(const GroupedGemmParams& p, bool gate, uint32_t expert, uint32_t column, float (&v)[N]) {
+    if ((gate ? p.gate_bias : p.up_bias) == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (column + i < p.n) v[i] = __fadd_rn(v[i], bias_of(p, gate, expert, column + i));
+    }
+}
+
+// Finishes eight columns of packed row r, from `column` on (a multiple of 8, below N): scale, bias, activation, rounding, store. g alone for a
+// plain product.
+MOE_DEVICE void finish_8(const GroupedGemmParams& p, uint32_t expert, uint32_t r, uint32_t column, float (&g)[8], float (&u)[8]) {
+    const bool gated = p.activation.gated != 0;
+    if (p.input_scale != nullptr) {
+        const float scale = scale_of_row(p, r);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) g[i] = __fmul_rn(g[i], scale), u[i] = __fmul_rn(u[i], scale);
+    }
+    add_bias(p, gated, expert, column, g);
+    if (gated) add_bias(p, false, expert, column, u);
+    epilogue::activate(p.activation, g, u);
+    const int64_t at = static_cast<int64_t>(r) * p.out_row_stride + column;
+    epilogue::store_8(p.out, p.out_dtype, at, g, p.n - column, (p.flags & AlignedOut) != 0);
+}
+
+}  // namespace grouped

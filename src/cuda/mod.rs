@@ -1,0 +1,177 @@
+//! The NVIDIA GPU backend.
+
+pub mod combine;
+pub mod grouped_gemm;
+mod launch;
+mod module;
+pub mod permute;
+pub mod plan;
+mod ptx;
+pub mod routing;
+
+pub use launch::RawStream;
+pub use plan::{ComputeCapability, DeviceInfo, DevicePtr, Launch, Module, Swizzle, TensorMap};
+pub use ptx::ptx;
+
+use crate::error::{Error, Result};
+use cudarc::driver::{CudaContext, CudaStream};
+use module::Kernels;
+use std::sync::Arc;
+
+/// A GPU: its context, what it can do, and the kernels loaded so far. Cheap to clone; make one per device and keep it.
+///
+/// ```no_run
+/// use moe_kernels::cuda::Cuda;
+/// let cuda = Cuda::new(0)?; // an error that says what to do where there is no driver, no GPU or an old one
+/// println!("{}: compute capability {:?}", cuda.name()?, cuda.device_info().compute_capability);
+/// # Ok::<(), moe_kernels::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Cuda {
+    context: Arc<CudaContext>,
+    kernels: Arc<Kernels>,
+}
+
+impl core::fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Cuda")
+            .field("ordinal", &self.context.ordinal())
+            .field("info", &self.kernels.info)
+            .finish()
+    }
+}
+
+impl Cuda {
+    /// The device of an ordinal, in its primary context, which is the one that frameworks use.
+    ///
+    /// # Errors
+    /// [`Error::CudaUnavailable`] without a driver or a device, [`Error::CudaDriverTooOld`], [`Error::CudaUnsupportedGpu`] below compute capability 8.0, and
+    /// [`Error::Value`] when there are fewer devices.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let device = launch::device(ordinal)?;
+        module::check_device(launch::device_info(device)?.compute_capability)?;
+        let context = CudaContext::new(ordinal)
+            .map_err(|e| launch::driver_error("cuDevicePrimaryCtxRetain", e))?;
+        Self::with_context(context)
+    }
+
+    /// A context that the caller has already, candle's for example.
+    ///
+    /// # Errors
+    /// [`Error::CudaDriverTooOld`], [`Error::CudaUnsupportedGpu`], or what the driver says.
+    pub fn with_context(context: Arc<CudaContext>) -> Result<Self> {
+        bind(&context)?;
+        let kernels = Kernels::of_current_context()?;
+        Ok(Self { context, kernels })
+    }
+
+    /// The context.
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// What plans have to know of the device.
+    pub fn device_info(&self) -> &DeviceInfo {
+        &self.kernels.info
+    }
+
+    /// The device's name.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn name(&self) -> Result<String> {
+        self.context
+            .name()
+            .map_err(|e| launch::driver_error("cuDeviceGetName", e))
+    }
+
+    /// The CUDA version that the driver supports, major and minor.
+    ///
+    /// # Errors
+    /// None once a `Cuda` exists.
+    pub fn driver_version(&self) -> Result<(u32, u32)> {
+        launch::driver().map(|d| (d.version / 1000, d.version % 1000 / 10))
+    }
+
+    /// Loads the text of `module` now instead of at its first launch, which takes the driver's compiler some time and is not allowed during graph capture.
+    ///
+    /// # Errors
+    /// [`Error::CudaDriverTooOld`] or [`Error::CudaUnsupportedGpu`] when the text cannot run here.
+    pub fn preload(&self, module: Module) -> Result<()> {
+        bind(&self.context)?;
+        self.kernels.module(module).map(drop)
+    }
+
+    /// Loads what `launch` needs, its kernel and its share of shared memory, without launching: a launch then is one call of the driver.
+    ///
+    /// # Errors
+    /// As [`Self::preload`]; [`Error::Value`] when the device has less shared memory.
+    pub fn prepare(&self, launch: &Launch) -> Result<()> {
+        bind(&self.context)?;
+        self.kernels.prepare(launch)
+    }
+
+    /// Queues `launch` on `stream`. Allocates nothing and waits for nothing once the kernel has been loaded.
+    ///
+    /// # Safety
+    /// `launch` comes from a plan of this crate, unchanged in its parameters; the addresses in it are device memory of the extents that the plan states, alive until
+    /// the kernel has run, and no other work touches what it writes meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a stream of another context; as [`Self::prepare`]; what the driver says.
+    #[allow(unsafe_code)]
+    pub unsafe fn launch(&self, stream: &CudaStream, launch: &Launch) -> Result<()> {
+        self.check_context("stream", stream.context())?;
+        bind(&self.context)?;
+        // SAFETY: the context was just made current, the stream belongs to it, and the rest is the caller's promise.
+        unsafe {
+            self.kernels
+                .launch(RawStream(stream.cu_stream().cast()), launch)
+        }
+    }
+
+    /// Refuses what belongs to another context.
+    pub(crate) fn check_context(
+        &self,
+        argument: &'static str,
+        context: &Arc<CudaContext>,
+    ) -> Result<()> {
+        if Arc::ptr_eq(context, &self.context) || context == &self.context {
+            return Ok(());
+        }
+        let ordinal = |c: &CudaContext| format!("a context of GPU {}", c.ordinal());
+        Err(Error::value(
+            argument,
+            ordinal(&self.context),
+            format_args!("another: {}", ordinal(context)),
+        ))
+    }
+}
+
+fn bind(context: &CudaContext) -> Result<()> {
+    context
+        .bind_to_thread()
+        .map_err(|e| launch::driver_error("cuCtxSetCurrent", e))
+}
+
+/// Queues `launch` on a stream of the context that is current on the calling thread. Texts are loaded once for each context and stay loaded.
+///
+/// # Safety
+/// As [`Cuda::launch`], and `stream` is a live stream of the current context.
+///
+/// # Errors
+/// [`Error::CudaUnavailable`] without a driver or current context; as [`Cuda::launch`].
+#[allow(unsafe_code)]
+pub unsafe fn launch_raw(stream: RawStream, launch: &Launch) -> Result<()> {
+    let kernels = Kernels::of_current_context()?;
+    // SAFETY: these are the current context's kernels; the rest is the caller's promise.
+    unsafe { kernels.launch(stream, launch) }
+}
+
+/// What plans have to know of the current context's device.
+///
+/// # Errors
+/// [`Error::CudaUnavailable`] without a driver or current context.
+pub fn current_device_info() -> Result<DeviceInfo> {
+    Kernels::of_current_context().map(|k| k.info)
+}

@@ -1,0 +1,221 @@
+//! Texts loaded once per context, kernels looked up once.
+
+use super::launch::{self, LoadedFunction, LoadedModule, RawStream};
+use super::plan::{ComputeCapability, DeviceInfo, Launch, Module};
+use super::ptx::ptx;
+use crate::error::{Error, Result};
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// Above this much dynamic shared memory a kernel has to opt in, once.
+const SHARED_WITHOUT_OPT_IN: u32 = 48 * 1024;
+
+/// The kernels of one context.
+pub(super) struct Kernels {
+    pub(super) info: DeviceInfo,
+    modules: Mutex<HashMap<Module, LoadedModule>>,
+    functions: RwLock<HashMap<&'static str, Function>>,
+}
+
+/// A context and its kernels.
+type Entry = (launch::ContextKey, Arc<Kernels>);
+
+#[derive(Clone, Copy)]
+struct Function {
+    handle: LoadedFunction,
+    /// Dynamic shared memory that it may have by now.
+    shared: u32,
+}
+
+impl Kernels {
+    /// Those of the calling thread's current context.
+    ///
+    /// # Errors
+    /// [`Error::CudaUnavailable`] without driver or current context; [`Error::CudaUnsupportedGpu`] for a device older than any text.
+    pub(super) fn of_current_context() -> Result<Arc<Self>> {
+        /// Few contexts ever exist in a process.
+        static ALL: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+        let current = launch::current()?;
+        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, kernels)) = all.iter().find(|(key, _)| *key == current.key) {
+            return Ok(kernels.clone());
+        }
+        let info = launch::device_info(current.device)?;
+        check_device(info.compute_capability)?;
+        let kernels = Arc::new(Self {
+            info,
+            modules: Mutex::default(),
+            functions: RwLock::default(),
+        });
+        all.push((current.key, kernels.clone()));
+        Ok(kernels)
+    }
+
+    /// Loads the kernel of a launch and whatever it needs, so that the launch itself makes no call but the launch. The context is current.
+    fn function(&self, launch: &Launch) -> Result<LoadedFunction> {
+        let known = self
+            .functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(launch.kernel)
+            .copied();
+        if let Some(function) = known.filter(|f| f.shared >= launch.shared_bytes) {
+            return Ok(function.handle);
+        }
+        let handle = match known {
+            Some(function) => function.handle,
+            None => self.module(launch.module)?.function(launch.kernel)?,
+        };
+        if launch.shared_bytes > SHARED_WITHOUT_OPT_IN {
+            if launch.shared_bytes > self.info.shared_per_block {
+                return Err(Error::value(
+                    "shared memory",
+                    format_args!(
+                        "at most {} bytes for {}",
+                        self.info.shared_per_block, launch.kernel
+                    ),
+                    launch.shared_bytes,
+                ));
+            }
+            handle.allow_shared(launch.shared_bytes)?;
+        }
+        let shared = launch.shared_bytes.max(SHARED_WITHOUT_OPT_IN);
+        let mut functions = self
+            .functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        functions.insert(launch.kernel, Function { handle, shared });
+        Ok(handle)
+    }
+
+    /// Loads a text unless it is loaded. The context is current.
+    pub(super) fn module(&self, module: Module) -> Result<LoadedModule> {
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&loaded) = modules.get(&module) {
+            return Ok(loaded);
+        }
+        let text = ptx(module, self.info.compute_capability)?;
+        check_driver(module, text)?;
+        let c_text =
+            CString::new(text).map_err(|_| Error::value("ptx", "text without NUL", module))?;
+        let loaded = LoadedModule::load(&c_text)
+            .map_err(|e| load_error(module, text, self.info.compute_capability, e))?;
+        modules.insert(module, loaded);
+        Ok(loaded)
+    }
+
+    /// Loads what `launch` needs without launching it.
+    pub(super) fn prepare(&self, launch: &Launch) -> Result<()> {
+        check_launch(launch)?;
+        self.function(launch).map(drop)
+    }
+
+    /// Queues a launch; one whose grid has a zero does nothing.
+    ///
+    /// # Safety
+    /// As [`LoadedFunction::launch`]; the context that these kernels belong to is current.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn launch(&self, stream: RawStream, launch: &Launch) -> Result<()> {
+        check_launch(launch)?;
+        if launch.is_empty() {
+            return Ok(());
+        }
+        let function = self.function(launch)?;
+        // SAFETY: the caller's promise.
+        unsafe { function.launch(stream, launch) }
+    }
+}
+
+fn check_launch(launch: &Launch) -> Result<()> {
+    if launch.has_too_many_maps() {
+        return Err(Error::value(
+            "tensor maps",
+            format_args!("at most {}", Launch::MAX_MAPS),
+            "more",
+        ));
+    }
+    Ok(())
+}
+
+pub(super) fn check_device(compute_capability: ComputeCapability) -> Result<()> {
+    if compute_capability < super::ptx::OLDEST {
+        return Err(Error::CudaUnsupportedGpu {
+            what: "every kernel",
+            needed: "8.0 or later",
+            found: compute_capability,
+        });
+    }
+    Ok(())
+}
+
+/// Refuses a text that is newer than the driver before the driver does, with better advice.
+fn check_driver(module: Module, text: &str) -> Result<()> {
+    let found = launch::driver()?.version;
+    match needed_cuda(text) {
+        Some(needed) if needed > found => Err(Error::CudaDriverTooOld {
+            what: module.stem(),
+            needed: launch::version_name(needed),
+            found: launch::version_name(found),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The CUDA version whose driver reads a text's `.version`, as the driver numbers it: 12000 for 8.0.
+fn needed_cuda(text: &str) -> Option<u32> {
+    let line = text
+        .lines()
+        .find_map(|l| l.trim().strip_prefix(".version"))?;
+    let (major, minor) = line.trim().split_once('.')?;
+    let (major, minor): (u32, u32) = (major.parse().ok()?, minor.trim().parse().ok()?);
+    // PTX x.y came with CUDA (x+4).y up to 8.5, then ran one release behind.
+    let cuda_minor = match (major, minor) {
+        (8, 6) => 7,
+        (8, 7) => 8,
+        (8, 8) => 9,
+        (_, minor) => minor,
+    };
+    Some((major + 4) * 1000 + cuda_minor * 10)
+}
+
+fn load_error(
+    module: Module,
+    text: &str,
+    compute_capability: ComputeCapability,
+    error: cudarc::driver::DriverError,
+) -> Error {
+    use cudarc::driver::sys::CUresult as R;
+    match error.0 {
+        R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => Error::CudaDriverTooOld {
+            what: module.stem(),
+            needed: needed_cuda(text)
+                .map_or_else(|| "of a later version".into(), launch::version_name),
+            found: launch::driver()
+                .map_or_else(|_| "unknown".into(), |d| launch::version_name(d.version)),
+        },
+        R::CUDA_ERROR_NO_BINARY_FOR_GPU => Error::CudaUnsupportedGpu {
+            what: module.stem(),
+            needed: "of the text's .target",
+            found: compute_capability,
+        },
+        _ => launch::driver_error("cuModuleLoadData", error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::needed_cuda;
+
+    #[test]
+    fn ptx_versions_and_the_cuda_that_reads_them() {
+        let needed = |v: &str| needed_cuda(&format!("// header\n.version {v}\n.target sm_80\n"));
+        assert_eq!(needed("7.0"), Some(11_000));
+        assert_eq!(needed("7.8"), Some(11_080));
+        assert_eq!(needed("8.0"), Some(12_000));
+        assert_eq!(needed("8.5"), Some(12_050));
+        assert_eq!(needed("8.7"), Some(12_080));
+        assert_eq!(needed("9.0"), Some(13_000));
+        assert_eq!(needed_cuda("nothing"), None);
+    }
+}
