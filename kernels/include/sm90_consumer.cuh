@@ -6,8 +6,7 @@
 //
 // The epilogue uses no shared memory and no barrier: bias, activation and rounding in registers, then the four lanes of a quad
 // exchange their pairs of columns by shuffle, after which each holds eight neighbours: 16-byte stores, 64 contiguous bytes a
-// row. It runs as six rounds of one rolled loop (the activation's code stands once); between rounds the remaining sums move
-// down by 32 registers, since a register cannot be addressed by a counter.
+// row. Everything happens in place: 192 sums leave no room for copies.
 #pragma once
 
 #include "grouped.cuh"
@@ -21,14 +20,24 @@ struct Sums {
     float d[2][TILE_N / 2];
 };
 
-// One stage: 4 steps of k16 for both halves. The descriptors' low word counts 16 bytes: k16 is 2, 64 rows are 512.
+// The high word of every descriptor: 128-byte swizzle, 1024 bytes from one group of 8 rows to the next. The low word holds the
+// address in units of 16 bytes and is counted on in 32 bits: k16 is 2, 64 rows are 512; 200 KiB do not leave its 14 bits.
+MOE_DEVICE uint64_t descriptor(uint32_t low) {
+    return (ptx::wgmma_descriptor(0, 16, 8 * ROW_BYTES, ptx::Swizzle::Bytes128) & ~0xffffffffull) | low;
+}
+
+MOE_DEVICE uint32_t descriptor_low(uint32_t address) {
+    return static_cast<uint32_t>(ptx::wgmma_descriptor(address, 16, 8 * ROW_BYTES, ptx::Swizzle::Bytes128));
+}
+
+// One stage: 4 steps of k16 for both halves.
 template <uint32_t DType>
-MOE_DEVICE void multiply_stage(Sums& sums, uint64_t a, uint64_t b, bool accumulate) {
+MOE_DEVICE void multiply_stage(Sums& sums, uint32_t a, uint32_t b, bool accumulate) {
 #pragma unroll
     for (uint32_t k = 0; k < TILE_K / 16; ++k) {
 #pragma unroll
         for (uint32_t half = 0; half < 2; ++half) {
-            const uint64_t rows = a + half * (64 * ROW_BYTES / 16) + k * 2, columns = b + k * 2;
+            const uint64_t rows = descriptor(a + half * (64 * ROW_BYTES / 16) + k * 2), columns = descriptor(b + k * 2);
             if (DType == epilogue::BF16) {
                 ptx::wgmma_bf16(sums.d[half], rows, columns, accumulate || k != 0);
             } else {
@@ -38,22 +47,22 @@ MOE_DEVICE void multiply_stage(Sums& sums, uint64_t a, uint64_t b, bool accumula
     }
 }
 
-// This warp has read the stage: one arrival in each CTA of the cluster.
+// This warp has read the stage: one arrival in each CTA of the cluster. What was read is in the sums (wgmma_wait) and nothing was
+// written, so the arrival has nothing to publish, and at cluster scope a release would cost a memory barrier of the whole GPU.
 MOE_DEVICE void release(const Ring& ring, uint32_t stage) {
     const uint32_t lane = ptx::lane_id();
-    if (lane < ptx::cluster_size()) ptx::mbarrier_arrive_cluster(ptx::map_shared(ring.empty(stage), lane));
+    if (lane < ptx::cluster_size()) ptx::mbarrier_arrive_cluster_unordered(ptx::map_shared(ring.empty(stage), lane));
 }
 
-// A tile's product: leaves the sums complete, the stages released and `place` behind the tile. One batch of products is in
+// A tile's product from `place` on: leaves the sums complete and the stages released. One batch of products is in
 // flight while the next is issued, so the tensor cores never wait for a barrier.
 template <uint32_t DType>
-MOE_DEVICE void multiply(Sums& sums, const Ring& ring, Place& place, uint32_t steps) {
-    const uint64_t a = ptx::wgmma_descriptor(ring.a(0), 16, 8 * ROW_BYTES, ptx::Swizzle::Bytes128);
-    const uint64_t b = ptx::wgmma_descriptor(ring.b(0), 16, 8 * ROW_BYTES, ptx::Swizzle::Bytes128);
+MOE_DEVICE void multiply(Sums& sums, const Ring& ring, Place place, uint32_t steps) {
+    const uint32_t a = descriptor_low(ring.a(0)), b = descriptor_low(ring.b(0));
     uint32_t previous = 0;
     for (uint32_t step = 0; step < steps; ++step) {
         ptx::mbarrier_wait(ring.full(place.stage), place.parity);
-        const uint64_t at = place.stage * (STAGE_BYTES / 16);
+        const uint32_t at = place.stage * (STAGE_BYTES / 16);
         ptx::wgmma_fence();
         multiply_stage<DType>(sums, a + at, b + at, step != 0);
         ptx::wgmma_commit();
@@ -66,36 +75,87 @@ MOE_DEVICE void multiply(Sums& sums, const Ring& ring, Place& place, uint32_t st
     release(ring, previous);
 }
 
-// The next 32 sums, and the rest moved down. Gated: 16 of gate, then the 16 of up in the same columns. Plain: 64 columns' worth.
+// Looks up the biases of the tile's columns of B (gate's, then up's, where gated) and the factors of its rows, before the product
+// begins: their latency hides behind the other consumer's work. Read after the next barrier of the warpgroup.
 template <bool Gated>
-MOE_DEVICE void take(Sums& sums, float (&v)[32]) {
-    constexpr int PARTS = Gated ? 2 : 1, PART = 96 / PARTS, STEP = 32 / PARTS;
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-        float* const low = sums.d[0] + part * PART;
-        float* const high = sums.d[1] + part * PART;
-#pragma unroll
-        for (int i = 0; i < STEP; ++i) v[part * STEP + i] = low[i];
-#pragma unroll
-        for (int i = 0; i < PART - STEP; ++i) low[i] = low[i + STEP];
-#pragma unroll
-        for (int i = 0; i < STEP; ++i) low[PART - STEP + i] = high[i];
-#pragma unroll
-        for (int i = 0; i < PART - STEP; ++i) high[i] = high[i + STEP];
+MOE_DEVICE void fill_side(const grouped::GroupedGemmParams& p, const Tile& tile, uint32_t side) {
+    const uint32_t thread = threadIdx.x & 127;
+    if (p.up_bias != nullptr || p.gate_bias != nullptr) {
+#pragma unroll 1
+        for (uint32_t i = thread; i < TILE_N; i += 128) {
+            const bool gate = Gated && i < BOX_ROWS;
+            const uint32_t column = tile.column * (Gated ? BOX_ROWS : TILE_N) + (Gated && !gate ? i - BOX_ROWS : i);
+            float bias = 0.0f;
+            if (column < p.n && (gate ? p.gate_bias : p.up_bias) != nullptr) bias = grouped::bias_of(p, gate, tile.expert, column);
+            ptx::store_shared_32(side + i * 4, __float_as_uint(bias));
+        }
+    }
+    if (p.input_scale != nullptr) {
+        const float factor = thread < tile.rows ? grouped::scale_of_row(p, tile.row + thread) : 1.0f;
+        ptx::store_shared_32(side + (TILE_N + thread) * 4, __float_as_uint(factor));
     }
 }
 
-// v[at .. at + 16): four n8 blocks from `column` on. The lane's columns are 8j + 2t and the next one, of rows g and g + 8.
-MOE_DEVICE void add_bias(const grouped::GroupedGemmParams& p, bool gate, uint32_t expert, uint32_t column, float* v) {
-    if ((gate ? p.gate_bias : p.up_bias) == nullptr) return;
-    column += ptx::lane_id() % 4 * 2;
+// The sums of block j (8 columns) are d[half][4j ..]: columns 2t and 2t + 1 of row g, then of row g + 8.
+
+// Multiplies by the factors of the rows, at `side` (shared memory).
+MOE_DEVICE void scale_rows(Sums& sums, uint32_t side) {
+    const uint32_t from = side + (TILE_N + (threadIdx.x & 96) / 2 + ptx::lane_id() / 4) * 4;
 #pragma unroll
-    for (uint32_t j = 0; j < 4; ++j) {
-        const uint32_t c = column + 8 * j;
-        if (c >= p.n) continue;  // N is even: c + 1 is inside, too
-        const float first = grouped::bias_of(p, gate, expert, c), second = grouped::bias_of(p, gate, expert, c + 1);
-        v[4 * j] = __fadd_rn(v[4 * j], first), v[4 * j + 1] = __fadd_rn(v[4 * j + 1], second);
-        v[4 * j + 2] = __fadd_rn(v[4 * j + 2], first), v[4 * j + 3] = __fadd_rn(v[4 * j + 3], second);
+    for (uint32_t half = 0; half < 2; ++half) {
+        const float low = __uint_as_float(ptx::load_shared_32(from + half * 64 * 4));
+        const float high = __uint_as_float(ptx::load_shared_32(from + half * 64 * 4 + 8 * 4));
+#pragma unroll
+        for (uint32_t i = 0; i < TILE_N / 2; ++i) sums.d[half][i] = __fmul_rn(sums.d[half][i], i & 2 ? high : low);
+    }
+}
+
+// Adds the biases at `side` to blocks First .. Last.
+template <uint32_t First, uint32_t Last>
+MOE_DEVICE void add_bias(Sums& sums, uint32_t side) {
+    const uint32_t from = side + ptx::lane_id() % 4 * 8;
+#pragma unroll
+    for (uint32_t j = First; j < Last; ++j) {
+        const uint2 bias = ptx::load_shared_64(from + j * 32);
+#pragma unroll
+        for (uint32_t half = 0; half < 2; ++half) {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; ++i) {
+                float& sum = sums.d[half][4 * j + i];
+                sum = __fadd_rn(sum, __uint_as_float(i & 1 ? bias.y : bias.x));
+            }
+        }
+    }
+}
+
+// The activation, in place: where gated, blocks 0 .. 12 become h. The loop is rolled, so that the code of each activation stands once;
+// since a register cannot be addressed by a counter, the sums go round: a block of each half is taken at the front, the others move
+// down, the results join at the back, and after a whole round all are in place again (2000 moves a tile where gated). Eight
+// elements at a time are independent chains enough for a scheduler that has one such warp.
+template <bool Gated>
+MOE_DEVICE void activate(const epilogue::Activation& activation, Sums& sums) {
+    constexpr int WIDTH = Gated ? TILE_N / 4 : TILE_N / 2;
+    epilogue::Activation a = activation;
+    a.gated = Gated;
+#pragma unroll 1
+    for (int block = 0; block < WIDTH / 4; ++block) {
+        float x[8], up[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            x[i] = sums.d[i / 4][i % 4];
+            up[i] = Gated ? sums.d[i / 4][WIDTH % (TILE_N / 2) + i % 4] : 0.0f;
+        }
+        epilogue::activate(a, x, up);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int i = 0; i < WIDTH - 4; ++i) {
+                sums.d[half][i] = sums.d[half][i + 4];
+                if (Gated) sums.d[half][WIDTH + i] = sums.d[half][WIDTH + i + 4];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums.d[half][WIDTH - 4 + i] = x[half * 4 + i];
+        }
     }
 }
 
@@ -116,88 +176,82 @@ MOE_DEVICE void transpose_quad(uint32_t (&w)[4]) {
     }
 }
 
-// Rounds and stores v[0 .. 16) as columns `column` .. + 32 of rows `row` and `row` + 8 of the tile, where they exist.
+// Rounds and stores one row's share of four blocks: `v` as columns `column` .. + 32, where they exist. `out` points to the row.
 template <uint32_t DType>
-MOE_DEVICE void store(const grouped::GroupedGemmParams& p, const Tile& tile, uint32_t row, uint32_t column, const float* v) {
+MOE_DEVICE void store_row(const grouped::GroupedGemmParams& p, unsigned char* out, bool real, uint32_t column, const float (&v)[8]) {
     const uint32_t t = ptx::lane_id() % 4;
+    if (p.out_dtype == epilogue::F32) {
 #pragma unroll
-    for (uint32_t half = 0; half < 2; ++half) {
-        const bool real = row + 8 * half < tile.rows;
-        const int64_t at = static_cast<int64_t>(tile.row + row + 8 * half) * p.out_row_stride;
-        if (p.out_dtype == epilogue::F32) {
-            float* const out = static_cast<float*>(p.out) + at + column + 2 * t;
+        for (uint32_t j = 0; j < 4; ++j) {
+            const uint32_t c = column + 8 * j + 2 * t;
+            const uint2 pair = make_uint2(__float_as_uint(v[2 * j]), __float_as_uint(v[2 * j + 1]));
+            if (real && c < p.n) ptx::store_64(out + static_cast<uint64_t>(c) * 4, pair);
+        }
+    } else {
+        uint32_t words[4];
 #pragma unroll
-            for (uint32_t j = 0; j < 4; ++j) {
-                const uint2 pair = make_uint2(__float_as_uint(v[4 * j + 2 * half]), __float_as_uint(v[4 * j + 2 * half + 1]));
-                if (real && column + 8 * j < p.n) ptx::store_64(out + 8 * j, pair);
-            }
-        } else {
-            uint32_t words[4];
+        for (uint32_t j = 0; j < 4; ++j) words[j] = epilogue::pack_pair(DType, v[2 * j], v[2 * j + 1]);
+        transpose_quad(words);
+        const uint32_t c = column + 8 * t;
+        if (real && c < p.n) ptx::store_128(out + static_cast<uint64_t>(c) * 2, make_uint4(words[0], words[1], words[2], words[3]));
+    }
+}
+
+// Rounds and stores the tile's finished values: the first `Columns` / 8 blocks.
+template <uint32_t DType, uint32_t Columns>
+MOE_DEVICE void store(const grouped::GroupedGemmParams& p, const Tile& tile, const Sums& sums) {
+    const uint32_t bytes = p.out_dtype == epilogue::F32 ? 4 : 2;
 #pragma unroll
-            for (uint32_t j = 0; j < 4; ++j) words[j] = epilogue::pack_pair(DType, v[4 * j + 2 * half], v[4 * j + 2 * half + 1]);
-            transpose_quad(words);
-            uint16_t* const out = static_cast<uint16_t*>(p.out) + at + column + 8 * t;
-            if (real && column + 8 * t < p.n) ptx::store_128(out, make_uint4(words[0], words[1], words[2], words[3]));
+    for (uint32_t half = 0; half < 4; ++half) {  // rows g, g + 8, g + 64, g + 72 of the warp's
+        const uint32_t row = half / 2 * 64 + half % 2 * 8 + (threadIdx.x & 96) / 2 + ptx::lane_id() / 4;
+        unsigned char* const out = static_cast<unsigned char*>(p.out) + static_cast<int64_t>(tile.row + row) * p.out_row_stride * bytes;
+#pragma unroll
+        for (uint32_t group = 0; group < Columns / 32; ++group) {
+            float v[8];
+#pragma unroll
+            for (uint32_t i = 0; i < 8; ++i) v[i] = sums.d[half / 2][16 * group + i / 2 * 4 + half % 2 * 2 + i % 2];
+            store_row<DType>(p, out, row < tile.rows, tile.column * Columns + group * 32, v);
         }
     }
 }
 
-// Bias, activation, rounding, store of a whole tile; the sums are used up.
+// The place of the tile in a mailbox.
+MOE_DEVICE Tile read_mail(const Ring& ring, uint32_t box) {
+    const uint4 mail = ptx::load_shared_128(ring.mail(box));
+    return Tile{mail.x, mail.y, mail.z, mail.w, 0};
+}
+
+// Factor, bias, activation, rounding, store of the tile in `box`; the sums are used up.
 template <uint32_t DType, bool Gated>
-MOE_DEVICE void finish(const grouped::GroupedGemmParams& p, const Tile& tile, Sums& sums) {
-    const uint32_t warp = (threadIdx.x & 127) / 32, g = ptx::lane_id() / 4;
-    constexpr uint32_t ROUND = Gated ? 32 : 64;  // columns of a round
-#pragma unroll 1
-    for (uint32_t round = 0; round < 6; ++round) {
-        float v[32];
-        take<Gated>(sums, v);
-        const uint32_t first = round / 3 * 64 + warp * 16, row = first + g;
-        const uint32_t column = tile.column * (3 * ROUND) + round % 3 * ROUND;
-        if (first >= tile.rows || column >= p.n) continue;
-        if (p.input_scale != nullptr) {
-            const float low = row < tile.rows ? grouped::scale_of_row(p, tile.row + row) : 0.0f;
-            const float high = row + 8 < tile.rows ? grouped::scale_of_row(p, tile.row + row + 8) : 0.0f;
-#pragma unroll
-            for (int i = 0; i < 32; ++i) v[i] = __fmul_rn(v[i], i & 2 ? high : low);
-        }
-        add_bias(p, Gated, tile.expert, column, v);
-        add_bias(p, false, tile.expert, Gated ? column : column + 32, v + 16);
-        if (Gated) {
-            float gate[16], up[16];
-#pragma unroll
-            for (int i = 0; i < 16; ++i) gate[i] = v[i], up[i] = v[16 + i];
-            epilogue::activate(p.activation, gate, up);
-            store<DType>(p, tile, row, column, gate);
-        } else {
-            epilogue::activate(p.activation, v, v);
-            store<DType>(p, tile, row, column, v);
-            store<DType>(p, tile, row, column + 32, v + 16);
-        }
+MOE_DEVICE void finish(const grouped::GroupedGemmParams& p, const Ring& ring, uint32_t box, Sums& sums) {
+    constexpr uint32_t BLOCKS = TILE_N / 8;
+    const epilogue::Activation& a = p.activation;
+    if (p.input_scale != nullptr) scale_rows(sums, ring.side(box));
+    if (Gated && p.gate_bias != nullptr) add_bias<0, BLOCKS / 2>(sums, ring.side(box));
+    if (p.up_bias != nullptr) add_bias<Gated ? BLOCKS / 2 : 0, BLOCKS>(sums, ring.side(box));
+    // A bare product has nothing to do here.
+    if (Gated || a.kind != epilogue::Identity || a.gate_max < numerics::infinity() || a.result_max < numerics::infinity()) {
+        activate<Gated>(a, sums);
     }
-}
-
-// Waits for this consumer's next tile.
-MOE_DEVICE Tile receive(const Ring& ring, uint32_t which, uint32_t parity) {
-    ptx::mbarrier_wait(ring.posted(which), parity);
-    const uint4 mail = ptx::load_shared_128(ring.mail(which));
-    __syncwarp();
-    if (ptx::lane_id() == 0) ptx::mbarrier_arrive(ring.taken(which));
-    return Tile{mail.x, mail.y, mail.z, mail.w, false};
+    store<DType, Gated ? TILE_N / 2 : TILE_N>(p, read_mail(ring, box), sums);
 }
 
 // Consumer `which` (0 or 1) takes tiles which, which + 2, ... of this CTA.
 template <uint32_t DType, bool Gated>
 MOE_DEVICE void consume(const grouped::GroupedGemmParams& p, const Ring& ring, uint32_t which) {
     const uint32_t steps = (p.k + TILE_K - 1) / TILE_K;
-    Place place;
-    if (which == 1) place.skip<STAGES>(steps);
-    for (uint32_t parity = 0;; parity ^= 1) {
-        const Tile tile = receive(ring, which, parity);
+    for (uint32_t index = which;; index += CONSUMERS) {
+        const Place mail = Place::after<MAILBOXES>(index);
+        ptx::mbarrier_wait(ring.posted(mail.stage), mail.parity);
+        const Tile tile = read_mail(ring, mail.stage);
         if (tile.rows == 0) break;
+        fill_side<Gated>(p, tile, ring.side(mail.stage));
+        ptx::barrier_sync(1 + which, 128);
         Sums sums;
-        multiply<DType>(sums, ring, place, steps);
-        place.skip<STAGES>(steps);
-        finish<DType, Gated>(p, tile, sums);
+        multiply<DType>(sums, ring, Place::after<STAGES>(index * steps), steps);
+        finish<DType, Gated>(p, ring, mail.stage, sums);
+        __syncwarp();
+        if (ptx::lane_id() == 0) ptx::mbarrier_arrive(ring.taken(index % MAILBOXES));
     }
 }
 

@@ -43,7 +43,7 @@ MOE_DEVICE void load_by_tma(const Source& s, const Tile& tile, uint32_t stage, u
     const int32_t x = static_cast<int32_t>(k), e = static_cast<int32_t>(tile.expert);
     const int32_t y = static_cast<int32_t>(tile.column * (Gated ? BOX_ROWS : TILE_N));
     const int32_t y1 = Gated ? y : y + static_cast<int32_t>(BOX_ROWS);
-    if (!tile.shares_b) {
+    if (tile.pair == 0) {
         ptx::tma_load_3d(b, Gated ? s.map_gate : s.map_up, full, x, y, e);
         ptx::tma_load_3d(b + BOX_BYTES, s.map_up, full, x, y1, e);
     } else if (rank == 0) {
@@ -53,12 +53,12 @@ MOE_DEVICE void load_by_tma(const Source& s, const Tile& tile, uint32_t stage, u
     }
 }
 
-// Leaves a tile's place for the consumer whose turn it is; rows = 0 ends its work. One thread.
+// Leaves a tile's place in the next mailbox; rows = 0 ends a consumer's work. One thread.
 MOE_DEVICE void post(const Ring& ring, Place& turn, const Tile& tile) {
     ptx::mbarrier_wait(ring.taken(turn.stage), turn.parity ^ 1);
     ptx::store_shared_128(ring.mail(turn.stage), make_uint4(tile.expert, tile.row, tile.rows, tile.column));
     ptx::mbarrier_arrive(ring.posted(turn.stage));
-    turn.next<CONSUMERS>();
+    turn.next<MAILBOXES>();
 }
 
 // The pair of row 32·warp + lane of a tile, or NO_ROW.
@@ -100,7 +100,7 @@ template <bool Gated>
 MOE_DEVICE void produce_gathering(const Source& s, uint32_t first_unit, uint32_t unit_step) {
     Schedule schedule(s.p, Gated ? BOX_ROWS : TILE_N);
     const bool leader = (threadIdx.x & 127) == 0;
-    Place place, landed, turn;
+    Place place{0, 0}, landed{0, 0}, turn{0, 0};
     uint32_t in_flight = 0;
     Tile tile = schedule.find(first_unit);
     uint32_t pair = pair_of_lane(s.p, tile);
@@ -112,7 +112,7 @@ MOE_DEVICE void produce_gathering(const Source& s, uint32_t first_unit, uint32_t
         const Tile next = schedule.find(unit);
         pair = pair_of_lane(s.p, next);
         for (uint32_t k = 0; k < s.p.k; k += TILE_K) {
-            ptx::mbarrier_wait_cluster(s.ring.empty(place.stage), place.parity ^ 1);
+            ptx::mbarrier_wait(s.ring.empty(place.stage), place.parity ^ 1);
             if (leader) load_by_tma<Gated, true>(s, tile, place.stage, k, schedule.rank);
             __syncwarp();
             gather(s, place.stage, k, source);
@@ -138,13 +138,13 @@ MOE_DEVICE void produce_gathering(const Source& s, uint32_t first_unit, uint32_t
 template <bool Gated>
 MOE_DEVICE void produce_by_tma(const Source& s, uint32_t first_unit, uint32_t unit_step) {
     Schedule schedule(s.p, Gated ? BOX_ROWS : TILE_N);
-    Place place, turn;
+    Place place{0, 0}, turn{0, 0};
     Tile tile = schedule.find(first_unit);
     for (uint32_t unit = first_unit + unit_step; tile.rows != 0; unit += unit_step) {
         if (ptx::lane_id() == 0) post(s.ring, turn, tile);
         __syncwarp();
         for (uint32_t k = 0; k < s.p.k; k += TILE_K) {
-            ptx::mbarrier_wait_cluster(s.ring.empty(place.stage), place.parity ^ 1);
+            ptx::mbarrier_wait(s.ring.empty(place.stage), place.parity ^ 1);
             if (ptx::lane_id() == 0) load_by_tma<Gated, false>(s, tile, place.stage, k, schedule.rank);
             __syncwarp();
             place.next<STAGES>();

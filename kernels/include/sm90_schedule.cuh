@@ -32,7 +32,7 @@ struct Tile {
     uint32_t row;     // first row, in the packed order of rows
     uint32_t rows;    // valid rows from there, 1 ..= TILE_M; 0: the schedule is at its end
     uint32_t column;  // index of the column tile; may be one past the last (see "halves")
-    bool shares_b;    // both CTAs of the cluster read the same tile of B
+    uint32_t pair;    // 1: both CTAs of the cluster read the same tile of B
 };
 
 // A walk over the units in ascending order. Its state is the same in all lanes of a warp.
@@ -93,7 +93,7 @@ struct Schedule {
             }
             before += __shfl_sync(ALL, end, 31);
         }
-        return Tile{0, 0, 0, 0, false};
+        return Tile{0, 0, 0, 0, 0};
     }
 
 private:
@@ -116,7 +116,7 @@ private:
         }
         const uint32_t begin = row_tile * TILE_M;
         const uint32_t rows = count - begin < TILE_M ? count - begin : TILE_M;
-        return Tile{expert, grouped::start_of(p, expert) + begin, rows, column, whole && cluster == 2};
+        return Tile{expert, grouped::start_of(p, expert) + begin, rows, column, whole ? cluster - 1 : 0};
     }
 };
 
