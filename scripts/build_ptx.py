@@ -55,6 +55,12 @@ PTX_VERSIONS = ["7.0", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "7.7", "7.8", "
 # Stem: (kernels, a regular expression; instructions of which each of them must have each, for every target). The evidence that a kernel
 # was compiled into what its comments say.
 MEANT = {
+    "permute": [
+        # Equal ids of a warp are counted by one instruction.
+        ("moe_permute_(one|count)", [r"ATOMS\.POPC\.INC\.32", r"LDG\.E\.[\w.]*128"]),
+        ("moe_permute_(one|place)", [r"MATCH\.ANY", r"LDS\.128"]),
+        ("moe_permute_rows_16", [r"LDG\.E\.[\w.]*128", r"STG\.E\.128"]),
+    ],
     "grouped_gemm_sm80": [(r"moe_grouped_gemm_sm80_\w*f16\w*", [r"HMMA\.16816", r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", r"LDSM\.16\.M(T)?88\.4"])],
     "grouped_gemm_sm90": [(r"moe_grouped_gemm_sm90_\w+", ["HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"])],
 }
@@ -133,6 +139,8 @@ def compile_text(path: pathlib.Path, kernels: pathlib.Path, folder: pathlib.Path
     text = re.sub(r"//.*", "", raw.read_text())
     # The compiler names what is private to a file after a hash of the file's path.
     text = re.sub(r"(_INTERNAL_|_GLOBAL__N__)[0-9a-f]{8}", r"\g<1>00000000", text)
+    # A remark about loads of which a part is not used; it would ask for PTX 8.3.
+    text = re.sub(r'\.pragma "used_bytes_mask[^"]*";', "", text)
     lines = [line.rstrip() for line in text.splitlines()]
     header = f"// From kernels/{stem}.cu by {nvcc_version()}. Do not edit: scripts/build_ptx.py.\n"
     return header + "\n".join(line for line in lines if line) + "\n"
@@ -274,9 +282,6 @@ def build(stems: list[str], folder: pathlib.Path) -> None:
         path.write_text(text)
         sections[key] = section
         print(section, end="")
-    for path in KERNELS.glob("ptx/*/*.ptx"):
-        if str(path.relative_to(KERNELS)) not in known:
-            path.unlink()  # Its source is gone.
     (KERNELS / "MANIFEST").write_text(manifest_text(sections))
 
 

@@ -178,7 +178,7 @@ impl fmt::Display for Error {
                 found,
             } => write!(
                 f,
-                "cuda: the driver supports CUDA {found}, but the text of {what} needs CUDA {needed}; install a newer NVIDIA driver"
+                "cuda: the driver supports CUDA {found}, but {what} needs CUDA {needed}; install a newer NVIDIA driver"
             ),
             Self::CudaUnsupportedGpu {
                 what,

@@ -105,7 +105,7 @@ MOE_DEVICE uint32_t pack_pair(uint32_t dtype, float low, float high) {
 }
 
 // Rounds and stores v[0 .. valid) at element i of an array. `aligned`: that element lies on 16 bytes, whatever the valid count.
-MOE_DEVICE void store_8(void* base, uint32_t dtype, int64_t i, const float (&v)[8], uint32_t valid, bool aligned) {
+MOE_DEVICE void store(void* base, uint32_t dtype, int64_t i, const float (&v)[8], uint32_t valid, bool aligned) {
     if (valid >= 8 && aligned) {
         if (dtype == F32) {
             float* const p = static_cast<float*>(base) + i;
@@ -123,5 +123,7 @@ MOE_DEVICE void store_8(void* base, uint32_t dtype, int64_t i, const float (&v)[
         if (c < valid) store_element(base, dtype, i + c, v[c]);
     }
 }
+
+MOE_DEVICE void store(void* base, uint32_t dtype, int64_t i, const float (&v)[1], uint32_t, bool) { store_element(base, dtype, i, v[0]); }
 
 }  // namespace epilogue

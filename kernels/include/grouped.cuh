@@ -178,20 +178,21 @@ MOE_DEVICE void add_bias(const GroupedGemmParams& p, bool gate, uint32_t expert,
     }
 }
 
-// Finishes eight columns of packed row r, from `column` on (a multiple of 8, below N): scale, bias, activation, rounding, store. g alone for a
-// plain product.
-MOE_DEVICE void finish_8(const GroupedGemmParams& p, uint32_t expert, uint32_t r, uint32_t column, float (&g)[8], float (&u)[8]) {
+// Finishes N = 1 or 8 columns of packed row r, from `column` on (below N; a multiple of 8 where eight are stored): scale, bias, activation,
+// rounding, store. `g` alone counts in a plain product, and is then its sum.
+template <bool Scale, int N>
+MOE_DEVICE void finish(const GroupedGemmParams& p, uint32_t expert, uint32_t r, uint32_t column, float (&g)[N], float (&u)[N]) {
     const bool gated = p.activation.gated != 0;
-    if (p.input_scale != nullptr) {
+    if (Scale && p.input_scale != nullptr) {
         const float scale = scale_of_row(p, r);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) g[i] = __fmul_rn(g[i], scale), u[i] = __fmul_rn(u[i], scale);
+        for (int i = 0; i < N; ++i) g[i] = __fmul_rn(g[i], scale), u[i] = __fmul_rn(u[i], scale);
     }
     add_bias(p, gated, expert, column, g);
     if (gated) add_bias(p, false, expert, column, u);
     epilogue::activate(p.activation, g, u);
     const int64_t at = static_cast<int64_t>(r) * p.out_row_stride + column;
-    epilogue::store_8(p.out, p.out_dtype, at, g, p.n - column, (p.flags & AlignedOut) != 0);
+    epilogue::store(p.out, p.out_dtype, at, g, p.n - column, (p.flags & AlignedOut) != 0);
 }
 
 }  // namespace grouped

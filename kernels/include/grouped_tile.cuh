@@ -31,12 +31,14 @@ namespace grouped {
 // What a step of 32 bytes of k does: mma.sync of one format.
 struct Bf16 {
     static constexpr uint32_t ElementBytes = 2;
+    MOE_DEVICE static uint32_t w_bytes(const GroupedGemmParams&) { return 2; }
     MOE_DEVICE static void prepare(uint32_t (&)[4]) {}
     MOE_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_m16n8k16_bf16(d, a, b); }
 };
 
 struct F16 {
     static constexpr uint32_t ElementBytes = 2;
+    MOE_DEVICE static uint32_t w_bytes(const GroupedGemmParams&) { return 2; }
     MOE_DEVICE static void prepare(uint32_t (&)[4]) {}
     MOE_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_m16n8k16_f16(d, a, b); }
 };
@@ -44,6 +46,7 @@ struct F16 {
 // ldmatrix moves 32-bit elements as pairs of 16-bit ones; the lanes get exactly the fragment of m16n8k8. Rounded, not truncated, to TF32.
 struct Tf32 {
     static constexpr uint32_t ElementBytes = 4;
+    MOE_DEVICE static uint32_t w_bytes(const GroupedGemmParams&) { return 4; }
     MOE_DEVICE static void prepare(uint32_t (&r)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) r[i] = ptx::f32_to_tf32(__uint_as_float(r[i]));
@@ -88,6 +91,7 @@ struct TileLoader {
     const unsigned char* w = nullptr;
     int64_t w_step = 0;     // from one pass's row of W to the next
     uint32_t w_left = 0;    // columns of N from this thread's first one on
+    uint32_t first_row = 0;  // of the open tile
 
     MOE_DEVICE void open(const GroupedGemmParams& p, uint32_t column_tiles, Tile* ring) {
         const uint32_t row = threadIdx.x / Shape::Chunks;
@@ -97,8 +101,10 @@ struct TileLoader {
         ++opened;
         next_tile += gridDim.x;
         k_byte = 0;
-        if (!more) return;
         a_valid = 0;
+        w_left = 0;
+        if (!more) return;
+        first_row = tile.first_row;
 #pragma unroll
         for (int i = 0; i < Shape::PassesA; ++i) {
             const uint32_t r = row + i * Shape::RowsPerPass;
@@ -110,8 +116,8 @@ struct TileLoader {
         const bool gated = p.activation.gated != 0;
         const bool gate = gated && (row / 8) % 2 == 0;
         const uint32_t column = gated ? tile.column_tile * (Shape::Columns / 2) + row / 16 * 8 + row % 8 : tile.column_tile * Shape::Columns + row;
-        const int64_t row_bytes = (gate ? p.gate_row_stride : p.up_row_stride) * static_cast<int64_t>(Format::ElementBytes);
-        w = matrix_of(p, gate, tile.expert, Format::ElementBytes) + column * row_bytes;
+        const int64_t row_bytes = (gate ? p.gate_row_stride : p.up_row_stride) * static_cast<int64_t>(Format::w_bytes(p));
+        w = matrix_of(p, gate, tile.expert, Format::w_bytes(p)) + column * row_bytes;
         w_step = row_bytes * (gated ? Shape::RowsPerPass / 2 : Shape::RowsPerPass);
         w_left = p.n > column ? p.n - column : 0;
     }
@@ -141,29 +147,28 @@ struct TileLoader {
         ptx::store_shared_128(target, make_uint4(words[0], words[1], words[2], words[3]));
     }
 
-    // The next block of k into a stage; opens the next tile when this one has been copied.
-    MOE_DEVICE void issue(const GroupedGemmParams& p, uint32_t column_tiles, uint32_t k_bytes, uint32_t stage, Tile* ring) {
-        if (more) {
-            const uint32_t row = threadIdx.x / Shape::Chunks, chunk = threadIdx.x % Shape::Chunks;
-            const uint32_t at = k_byte + chunk * 16;
-            const uint32_t bytes = at >= k_bytes ? 0 : (k_bytes - at < 16 ? k_bytes - at : 16);
-            const uint32_t target = stage + row * Shape::BlockBytes + swizzle<Shape>(row, chunk) * 16;
-            const unsigned char* const a = static_cast<const unsigned char*>(p.a) + at;
-            const int64_t a_stride = p.a_row_stride * static_cast<int64_t>(Format::ElementBytes);
-#pragma unroll
-            for (int i = 0; i < Shape::PassesA; ++i) {
-                copy(target + i * Shape::RowsPerPass * Shape::BlockBytes, a + rows_of_a[i] * a_stride, (a_valid >> i) & 1 ? bytes : 0);
-            }
-            const uint32_t pass_columns = p.activation.gated != 0 ? Shape::RowsPerPass / 2 : Shape::RowsPerPass;
-            const unsigned char* source = w + at;
-#pragma unroll
-            for (int i = 0; i < Shape::PassesB; ++i) {
-                copy(target + (Shape::Rows + i * Shape::RowsPerPass) * Shape::BlockBytes, source, i * pass_columns < w_left ? bytes : 0);
-                source += w_step;
-            }
-            k_byte += Shape::BlockBytes;
+    static constexpr int Parts = Shape::PassesA + Shape::PassesB;
+
+    // Part i of the next block of k, into a stage: one chunk of this thread. Free of branches, so that it can stand between products: after the
+    // last tile, zeros go where nobody reads.
+    MOE_DEVICE void copy_part(const GroupedGemmParams& p, uint32_t k_bytes, uint32_t stage, int i) const {
+        const uint32_t row = threadIdx.x / Shape::Chunks, chunk = threadIdx.x % Shape::Chunks;
+        const uint32_t at = k_byte + chunk * 16;
+        const uint32_t bytes = at >= k_bytes ? 0 : (k_bytes - at < 16 ? k_bytes - at : 16);
+        const uint32_t target = stage + row * Shape::BlockBytes + swizzle<Shape>(row, chunk) * 16;
+        if (i < Shape::PassesA) {
+            const int64_t offset = rows_of_a[i % Shape::PassesA] * (p.a_row_stride * static_cast<int64_t>(Format::ElementBytes)) + at;
+            copy(target + i * Shape::RowsPerPass * Shape::BlockBytes, static_cast<const unsigned char*>(p.a) + offset, (a_valid >> i) & 1 ? bytes : 0);
+        } else {
+            const int pass = i - Shape::PassesA;
+            const uint32_t column = pass * (p.activation.gated != 0 ? Shape::RowsPerPass / 2 : Shape::RowsPerPass);
+            copy(target + (Shape::Rows + pass * Shape::RowsPerPass) * Shape::BlockBytes, w + at + pass * w_step, column < w_left ? bytes : 0);
         }
-        ptx::cp_async_commit();
+    }
+
+    // Behind a block's parts: opens the next tile when this one has been copied.
+    MOE_DEVICE void advance(const GroupedGemmParams& p, uint32_t column_tiles, uint32_t k_bytes, Tile* ring) {
+        k_byte += Shape::BlockBytes;
         if (more && k_byte >= k_bytes) open(p, column_tiles, ring);
     }
 };
@@ -191,18 +196,16 @@ struct Fragments {
         for (int i = 0; i < Shape::Mi; ++i) Format::prepare(a[i]);
     }
 
-    MOE_DEVICE void multiply(float (&acc)[Shape::Mi][Shape::Ni][4]) const {
+    // The products with column fragment j.
+    MOE_DEVICE void multiply(float (&acc)[Shape::Mi][Shape::Ni][4], int j) const {
 #pragma unroll
-        for (int j = 0; j < Shape::Ni; ++j) {
-#pragma unroll
-            for (int i = 0; i < Shape::Mi; ++i) Format::mma(acc[i][j], a[i], b[j]);
-        }
+        for (int i = 0; i < Shape::Mi; ++i) Format::mma(acc[i][j], a[i], b[j]);
     }
 };
 
 // Scale, bias, activation and store of a warp's sums, eight rows at a time through `strip`.
 template <class Shape>
-MOE_DEVICE void finish(const GroupedGemmParams& p, const Tile& tile, const float (&acc)[Shape::Mi][Shape::Ni][4], float* strip) {
+MOE_DEVICE void finish_warp(const GroupedGemmParams& p, const Tile& tile, const float (&acc)[Shape::Mi][Shape::Ni][4], float* strip) {
     const uint32_t lane = ptx::lane_id(), warp = threadIdx.x / 32;
     const uint32_t warp_row = warp / Shape::WarpsN * Shape::WarpRows;
     const bool gated = p.activation.gated != 0;
@@ -230,7 +233,7 @@ MOE_DEVICE void finish(const GroupedGemmParams& p, const Tile& tile, const float
             float g[8], u[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) g[i] = sums[i], u[i] = gated ? sums[8 + i] : 0.0f;
-            finish_8(p, tile.expert, r, column, g, u);
+            finish<true>(p, tile.expert, r, column, g, u);
         }
     }
 }
@@ -247,10 +250,16 @@ MOE_DEVICE void tile_product(const GroupedGemmParams& p, unsigned char* shared) 
     const uint32_t column_tiles = (p.n + output_columns - 1) / output_columns;
     const uint32_t k_bytes = p.k * Format::ElementBytes;
 
-    TileLoader<Format, Shape, Aligned> loader;
+    using Loader = TileLoader<Format, Shape, Aligned>;
+    Loader loader;
     loader.start(p, column_tiles, ring);
+#pragma unroll 1
+    for (int s = 0; s < Shape::Stages - 1; ++s) {
 #pragma unroll
-    for (int s = 0; s < Shape::Stages - 1; ++s) loader.issue(p, column_tiles, k_bytes, stages + s * Shape::StageBytes, ring);
+        for (int i = 0; i < Loader::Parts; ++i) loader.copy_part(p, k_bytes, stages + s * Shape::StageBytes, i);
+        ptx::cp_async_commit();
+        loader.advance(p, column_tiles, k_bytes, ring);
+    }
 
     // This lane's row and chunk for ldmatrix: A's four matrices are (rows 0–7, 8–15) × (low, high half of the step), W's the other way round.
     const uint32_t a_at = warp / Shape::WarpsN * Shape::WarpRows + lane % 16;
@@ -283,16 +292,23 @@ MOE_DEVICE void tile_product(const GroupedGemmParams& p, unsigned char* shared) 
                         fragments[(step + 1) % 2].load(stages + read + a_offset, a_chunk, stages + read + b_offset, b_chunk, 0);
                     }
                 }
-                if (step == 0) {
-                    // Everybody has left the stage before this one: they passed the barrier behind its last ldmatrix.
-                    loader.issue(p, column_tiles, k_bytes, stages + write, ring);
-                    write = advance(write);
-                }
                 // Blocks of 128 bytes stop where blocks of 64 would: the same additions in every shape.
-                if (step < 2 || k_byte + 64 < k_bytes) fragments[step % 2].multiply(acc);
+                if (step >= 2 && k_byte + 64 >= k_bytes) continue;
+#pragma unroll
+                for (int j = 0; j < Shape::Ni; ++j) {
+                    fragments[step % 2].multiply(acc, j);
+                    if (step != 0) continue;
+                    // Copies between products. Everybody has left the stage before this one: they passed the barrier behind its last ldmatrix.
+                    constexpr int Share = (Loader::Parts + Shape::Ni - 1) / Shape::Ni;
+#pragma unroll
+                    for (int i = j * Share; i < (j + 1) * Share && i < Loader::Parts; ++i) loader.copy_part(p, k_bytes, stages + write, i);
+                }
+                if (step == 0) ptx::cp_async_commit();
             }
+            write = advance(write);
+            loader.advance(p, column_tiles, k_bytes, ring);
         }
-        finish<Shape>(p, tile, acc, strip);
+        finish_warp<Shape>(p, tile, acc, strip);
     }
     ptx::cp_async_wait_all();
 }

@@ -73,7 +73,7 @@ fn probe() -> Result<Driver> {
     let version = version.try_into().unwrap_or(0);
     if version < OLDEST_DRIVER {
         return Err(Error::CudaDriverTooOld {
-            what: "the host code",
+            what: "this crate",
             needed: version_name(OLDEST_DRIVER),
             found: version_name(version),
         });

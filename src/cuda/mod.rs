@@ -3,13 +3,16 @@
 pub mod combine;
 pub mod grouped_gemm;
 mod launch;
+pub mod memory;
 mod module;
 pub mod permute;
 pub mod plan;
 mod ptx;
 pub mod routing;
+mod workspace;
 
 pub use launch::RawStream;
+pub use memory::{DeviceMat, DeviceMatMut, DeviceVec, DeviceVecMut};
 pub use plan::{ComputeCapability, DeviceInfo, DevicePtr, Launch, Module, Swizzle, TensorMap};
 pub use ptx::ptx;
 
