@@ -34,7 +34,7 @@ void check_barrier(NamedBarrier& barrier, uint32_t id, uint32_t threads) {
 
 }  // namespace
 
-__attribute__((noinline)) void barrier_sync(uint32_t id, uint32_t threads) {
+void barrier_sync(uint32_t id, uint32_t threads) {
     Fiber& fiber = *current();
     NamedBarrier& barrier = fiber.home->barriers[id & 15];
     check_barrier(barrier, id, threads);
@@ -43,7 +43,7 @@ __attribute__((noinline)) void barrier_sync(uint32_t id, uint32_t threads) {
         return;
     }
     barrier.waiting.push_back(&fiber);
-    park({"bar.sync %llu for %llu threads", id, threads, &barrier, __builtin_return_address(0)});
+    park({"bar.sync %llu for %llu threads", id, threads, &barrier});
 }
 
 void barrier_arrive(uint32_t id, uint32_t threads) {
@@ -52,7 +52,7 @@ void barrier_arrive(uint32_t id, uint32_t threads) {
     if (++barrier.arrived == threads) release_barrier(barrier);
 }
 
-__attribute__((noinline)) uint32_t sync_threads(bool predicate) {
+uint32_t sync_threads(bool predicate) {
     Fiber& fiber = *current();
     NamedBarrier& barrier = fiber.home->barriers[0];
     barrier.holding += predicate;
@@ -60,7 +60,7 @@ __attribute__((noinline)) uint32_t sync_threads(bool predicate) {
         release_barrier(barrier);
     } else {
         barrier.waiting.push_back(&fiber);
-        park({"__syncthreads", 0, 0, &barrier, __builtin_return_address(0)});
+        park({"__syncthreads", 0, 0, &barrier});
     }
     return barrier.result;
 }
@@ -94,13 +94,13 @@ void cluster_arrive() {
     if (++cluster.cluster_arrived >= cluster.alive) release_cluster(cluster);
 }
 
-__attribute__((noinline)) void cluster_wait() {
+void cluster_wait() {
     Fiber& fiber = *current();
     Cluster& cluster = *fiber.cluster;
     if (fiber.cluster_arrivals == 0) fail("barrier.cluster.wait before barrier.cluster.arrive");
     while (cluster.cluster_phase < fiber.cluster_arrivals) {
         cluster.cluster_waiting.push_back(&fiber);
-        park({"barrier.cluster.wait (phase %llu)", cluster.cluster_phase, 0, &cluster, __builtin_return_address(0)});
+        park({"barrier.cluster.wait (phase %llu)", cluster.cluster_phase, 0, &cluster});
     }
 }
 
@@ -194,7 +194,7 @@ void mbarrier_add_transactions(uint64_t* mbarrier, int64_t bytes) {
     progress();
 }
 
-__attribute__((noinline)) bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
+bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
     auto* mbarrier = static_cast<uint64_t*>(shared_pointer(address, 8, 8, "mbarrier.try_wait"));
     if (load(mbarrier, "mbarrier.try_wait").phase != (parity & 1)) return true;
     Fiber& fiber = *current();
@@ -203,8 +203,16 @@ __attribute__((noinline)) bool mbarrier_try_wait(uint32_t address, uint32_t pari
         return false;
     }
     fiber.cluster->mbarrier_waiting.push_back(&fiber);
-    park({"mbarrier.try_wait at shared address 0x%llx for parity %llu", address, parity & 1, mbarrier, __builtin_return_address(0)});
+    park({"mbarrier.try_wait at shared address 0x%llx for parity %llu", address, parity & 1, mbarrier});
     return load(mbarrier, "mbarrier.try_wait").phase != (parity & 1);
+}
+
+void mbarrier_arrive_at(uint32_t address, uint32_t expected_bytes) {
+    mbarrier_arrive(static_cast<uint64_t*>(shared_pointer(address, 8, 8, "mbarrier.arrive")), 1, expected_bytes);
+}
+
+void mbarrier_expect(uint32_t address, uint32_t bytes) {
+    mbarrier_add_transactions(static_cast<uint64_t*>(shared_pointer(address, 8, 8, "mbarrier.expect_tx")), bytes);
 }
 
 std::string describe_mbarrier(const void* pointer) {

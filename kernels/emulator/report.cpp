@@ -6,46 +6,69 @@
 #include <string.h>
 
 #include <map>
-#include <tuple>
+#include <string>
+#include <utility>
 
 #include "state.h"
 
 namespace emu {
 
-// Source lines of an address inside this library, by addr2line where it is installed; inlined callers included.
-static std::string source_lines(const void* address, const char* indent) {
+namespace {
+
+// The kernel's source lines behind an address of this library, by addr2line where it is installed; inlined callers included.
+std::string find_lines(const void* address) {
     Dl_info info;
     if (!dladdr(address, &info) || !info.dli_fname) return "";
     // A return address points behind the call.
     const size_t offset = static_cast<size_t>(static_cast<const char*>(address) - static_cast<const char*>(info.dli_fbase)) - 1;
     char command[1024];
-    snprintf(command, sizeof command, "LD_PRELOAD= LD_LIBRARY_PATH= addr2line -Cfpise '%s' 0x%zx 2>&1", info.dli_fname, offset);
+    snprintf(command, sizeof command, "LD_PRELOAD= LD_LIBRARY_PATH= addr2line -Cfpie '%s' 0x%zx 2>&1", info.dli_fname, offset);
     std::string text;
-    if (FILE* pipe = popen(command, "r")) {
-        char line[512];
-        while (fgets(line, sizeof line, pipe)) {
-            // The emulator's own wrappers say nothing about the kernel.
-            if (strstr(line, "??") || strstr(line, "emulator") || strstr(line, " cuda.h:") || strstr(line, " ptx.h:")) continue;
-            if (strstr(line, "engine.h:") || strstr(line, "scheduler.cpp") || strstr(line, "async.cpp")) continue;
-            text += indent;
-            text += line[0] == ' ' ? line + 1 : line;
-        }
-        pclose(pipe);
+    FILE* pipe = popen(command, "r");
+    if (!pipe) return "";
+    char line[1024];
+    while (fgets(line, sizeof line, pipe)) {
+        // The emulator's own files say nothing about the kernel; its tests do.
+        if (strstr(line, "??") || (strstr(line, "/emulator/") && !strstr(line, "/selftest/")) || !strstr(line, "kernels/")) continue;
+        const char* name = strncmp(line, " (inlined by) ", 14) == 0 ? line + 14 : line;
+        const char* at = strstr(name, " at ");
+        const char* path = at ? strstr(at, "kernels/") : nullptr;
+        if (!path) continue;
+        // Without the parameter list.
+        std::string function(name, static_cast<size_t>(at - name));
+        text += (text.empty() ? "" : " <- ") + function.substr(0, function.find('(')) + " " + path;
+        while (!text.empty() && text.back() == '\n') text.pop_back();
     }
-    while (!text.empty() && text.back() == '\n') text.pop_back();
+    pclose(pipe);
     return text;
 }
 
-std::string describe_caller(const void* address) {
-    if (!address) return "?";
-    std::string lines = source_lines(address, " ");
-    for (char& c : lines) {
-        if (c == '\n') c = ',';
+const std::string& source_lines(const void* address) {
+    static thread_local std::map<const void*, std::string> known;
+    auto found = known.find(address);
+    if (found == known.end()) found = known.emplace(address, find_lines(address)).first;
+    return found->second;
+}
+
+}  // namespace
+
+std::string describe_place(const Fiber& fiber) {
+#if defined(__x86_64__)
+    // What switch_context saved: r15 r14 r13 r12 rbx rbp, the return address; then the chain of frame pointers.
+    void* const* saved = static_cast<void* const*>(fiber.context.stack_pointer);
+    void* const* frame = static_cast<void* const*>(saved[5]);
+    const char *low = fiber.context.stack, *high = low + fiber.context.stack_bytes - 16;
+    for (int depth = 0; depth < 16; ++depth) {
+        const char* place = reinterpret_cast<const char*>(frame);
+        if (place < low || place > high) break;
+        const std::string& lines = source_lines(frame[1]);
+        if (!lines.empty()) return "in " + lines;
+        frame = static_cast<void* const*>(frame[0]);
     }
-    if (!lines.empty()) return "at" + lines;
-    char text[64];
-    snprintf(text, sizeof text, "at %p", address);
-    return text;
+#else
+    (void)fiber;
+#endif
+    return "";
 }
 
 std::string describe_position() {
@@ -58,44 +81,42 @@ std::string describe_position() {
     void* frames[24];
     const int count = backtrace(frames, 24);
     for (int i = 2; i < count; ++i) {
-        const std::string lines = source_lines(frames[i], "  in ");
-        if (!lines.empty()) text += lines + "\n";
+        const std::string& lines = source_lines(frames[i]);
+        if (!lines.empty()) text += "  in " + lines + "\n";
     }
     return text;
 }
 
 std::string describe_threads(const Cluster& cluster) {
     // Threads of a warp that wait for the same at the same place make one line.
-    struct Key {
-        uint32_t warp;
-        const char* what;
-        uint64_t first, second;
-        const void *object, *caller;
-        bool operator<(const Key& o) const {
-            return std::tie(warp, what, first, second, object, caller) < std::tie(o.warp, o.what, o.first, o.second, o.object, o.caller);
-        }
-    };
-    std::map<Key, uint32_t> lines;
+    std::map<std::pair<uint32_t, std::string>, uint32_t> lines;
     for (const Warp* warp : cluster.warps) {
         for (uint32_t lanes = warp->alive; lanes; lanes &= lanes - 1) {
             const Fiber& f = *warp->fibers[__builtin_ctz(lanes)];
-            const bool waits = f.state == State::Waiting;
-            lines[{warp->index, waits ? f.wait.what : "runs", waits ? f.wait.first : 0, waits ? f.wait.second : 0,
-                   waits ? f.wait.object : nullptr, waits ? f.wait.caller : nullptr}] |= lanes & -lanes;
+            std::string what = "is running";
+            if (f.state == State::Waiting) {
+                char text[256];
+                snprintf(text, sizeof text, f.wait.what, static_cast<unsigned long long>(f.wait.first),
+                         static_cast<unsigned long long>(f.wait.second));
+                what = std::string("waits: ") + text;
+                if (strncmp(f.wait.what, "mbarrier", 8) == 0) what += " (" + describe_mbarrier(f.wait.object) + ")";
+                what += " " + describe_place(f);
+            }
+            lines[{warp->index, what}] |= lanes & -lanes;
         }
     }
     std::string text;
-    int shown = 0;
+    size_t shown = 0;
     for (const auto& [key, lanes] : lines) {
-        if (++shown > 24) return text + "  ... " + std::to_string(lines.size() - 24) + " more\n";
-        const Warp& warp = *cluster.warps[key.warp];
-        char head[128], what[256];
-        snprintf(head, sizeof head, "  block (%u, %u, %u) warp %zu lanes 0x%08x: ", warp.block->index.x, warp.block->index.y, warp.block->index.z,
-                 key.warp % warp.block->warps.size(), lanes);
-        snprintf(what, sizeof what, key.what, static_cast<unsigned long long>(key.first), static_cast<unsigned long long>(key.second));
-        text += std::string(head) + what + " " + (key.caller ? describe_caller(key.caller) : "");
-        if (strncmp(key.what, "mbarrier", 8) == 0) text += "; " + describe_mbarrier(key.object);
-        text += "\n";
+        if (++shown > 24) {
+            text += "  ... and " + std::to_string(lines.size() - 24) + " more\n";
+            break;
+        }
+        const Warp& warp = *cluster.warps[key.first];
+        char head[128];
+        snprintf(head, sizeof head, "  block (%u, %u, %u) warp %zu lanes 0x%08x ", warp.block->index.x, warp.block->index.y, warp.block->index.z,
+                 key.first % warp.block->warps.size(), lanes);
+        text += head + key.second + "\n";
     }
     uint32_t ended = 0;
     for (const Block* block : cluster.blocks) {

@@ -8,7 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "state.h"
+#include "warpgroup.h"
 
 namespace emu {
 

@@ -34,7 +34,6 @@ struct Wait {
     const char* what = nullptr;  // printf format with two uint64_t (%llx) at most
     uint64_t first = 0, second = 0;
     const void* object = nullptr;
-    const void* caller = nullptr;
 };
 
 // An effect that happens some time after it was asked for.
@@ -185,7 +184,7 @@ std::string describe_mbarrier(const void* mbarrier);
 // ---- report.cpp ----
 
 std::string describe_threads(const Cluster& cluster);
-std::string describe_caller(const void* address);
+std::string describe_place(const Fiber& fiber);  // the line of the kernel where a parked thread waits
 std::string describe_position();
 
 constexpr uint32_t kDynamicAddress = 1024;  // shared address of the dynamic array

@@ -16,7 +16,7 @@ static void release(Warp& warp, size_t index) {
     me->cluster->idle_yields = 0;
 }
 
-__attribute__((noinline)) void collective(const Collective& kind, uint32_t mask, uint32_t qualifier, void* slot) {
+void collective(const Collective& kind, uint32_t mask, uint32_t qualifier, void* slot) {
     Fiber& fiber = *current();
     Warp& warp = *fiber.warp;
     const uint32_t bit = 1u << fiber.lane;
@@ -24,12 +24,12 @@ __attribute__((noinline)) void collective(const Collective& kind, uint32_t mask,
     size_t index = 0;
     for (; index < warp.groups.size(); ++index) {
         Group& group = warp.groups[index];
-        if (!(group.mask & mask)) continue;
+        if (!(group.mask & bit)) continue;  // lanes that do not wait for this one
         if (group.kind != &kind || group.qualifier != qualifier || group.mask != mask) {
             fail("lane %u comes to %s with mask 0x%08x and qualifier 0x%x, while lanes 0x%08x of its warp wait in %s with mask "
                  "0x%08x and qualifier 0x%x (%s): all lanes of a mask must come to the same operation", fiber.lane, kind.name,
                  mask, qualifier, group.arrived, group.kind->name, group.mask, group.qualifier,
-                 describe_caller(warp.fibers[__builtin_ctz(group.arrived)]->wait.caller).c_str());
+                 describe_place(*warp.fibers[__builtin_ctz(group.arrived)]).c_str());
         }
         break;
     }
@@ -40,7 +40,7 @@ __attribute__((noinline)) void collective(const Collective& kind, uint32_t mask,
     if ((group.mask & warp.alive & ~group.arrived) == 0) {
         release(warp, index);
     } else {
-        park({kind.name, mask, 0, &kind, __builtin_return_address(0)});
+        park({kind.name, mask, 0, &kind});
     }
 }
 

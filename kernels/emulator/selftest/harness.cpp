@@ -1,0 +1,65 @@
+#include "harness.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "../registry.h"
+#include "../state.h"
+
+namespace selftest {
+
+struct Registered {
+    const char* name;
+    std::function<void()> body;
+};
+
+static std::vector<Registered>& tests() {
+    static std::vector<Registered> all;
+    return all;
+}
+
+static int failures = 0, checks = 0;
+
+Test::Test(const char* name, std::function<void()> body) { tests().push_back({name, std::move(body)}); }
+
+void expect(bool condition, const char* what, uint64_t seed) {
+    ++checks;
+    if (condition) return;
+    if (++failures <= 20) printf("    FAILED (seed %llu): %s\n", static_cast<unsigned long long>(seed), what);
+}
+
+void expect_report(const std::string& report, const char* text) {
+    ++checks;
+    if (report.find(text) != std::string::npos) return;
+    ++failures;
+    printf("    FAILED: a report with \"%s\" was expected; it was: \"%s\"\n", text, report.c_str());
+}
+
+std::string run(const char* name, const Shape& shape, const void* parameters, uint64_t seed, const void* map) {
+    const emu::Kernel* kernel = emu::find_kernel(name);
+    if (!kernel) return std::string("no kernel ") + name;
+    void* arguments[] = {const_cast<void*>(parameters), const_cast<void*>(map)};
+    const emu::LaunchShape launch = {{shape.blocks, 1, 1}, {shape.threads, 1, 1}, {shape.cluster, 1, 1}, shape.shared_bytes};
+    return emu::run_grid(*kernel, launch, arguments, seed);
+}
+
+float value(uint32_t index) {
+    const uint32_t hash = (index * 2654435761u) ^ (index >> 7);
+    return static_cast<float>(static_cast<int>(hash >> 9 & 127) - 64) / 64.0f;
+}
+
+}  // namespace selftest
+
+int main(int count, char** arguments) {
+    using namespace selftest;
+    for (const Registered& test : tests()) {
+        if (count > 1 && !strstr(test.name, arguments[1])) continue;
+        const int before = failures;
+        test.body();
+        printf("%s %s\n", failures == before ? "ok  " : "FAIL", test.name);
+        fflush(stdout);
+    }
+    printf("%d checks, %d failures\n", checks, failures);
+    return failures != 0;
+}

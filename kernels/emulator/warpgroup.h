@@ -1,0 +1,8 @@
+// The products under way in a warpgroup.
+#pragma once
+
+#include "state.h"
+
+namespace emu {
+struct Warpgroup {};
+}  // namespace emu
