@@ -160,10 +160,24 @@ MOE_DEVICE float log1p(float x) {
     return x < infinity() ? r : x;
 }
 
+/// n / (1 + e), rounded once, for 0 ≤ e ≤ 1: the bits of `__fdiv_rn`, without its branch, so that neighbouring elements overlap.
+///
+/// The five operations are those of the compiler's own fast path: reciprocal, one Newton step, quotient, exact remainder, correction. That path
+/// leaves out quotients so small that the remainder underflows (|n| < 2⁻¹⁰⁰ or so). Here n is 1, e, 2e, x or x·e with e = exp(−|z|) and z = x or
+/// about 1.6·x: such an n means that e is below 2⁻²⁵ or above 1 − 2⁻²⁵, 1 + e is then exactly 1 or 2, and so is every step.
+MOE_DEVICE float over_one_plus(float n, float e) {
+    const float d = __fadd_rn(1.0f, e);
+    float r = ptx::reciprocal(d);
+    r = __fmaf_rn(r, __fmaf_rn(neg(d), r, 1.0f), r);
+    const float q = __fmul_rn(n, r);
+    const float rounded = __fmaf_rn(r, __fmaf_rn(neg(d), q, n), q);
+    return abs(n) < infinity() ? rounded : __fadd_rn(n, e);  // ±∞, and NaN of either
+}
+
 /// 1 / (1 + e⁻ˣ) as `(x < 0 ? e : 1) / (1 + e)` with e = exp(−|x|); error ≤ 2.5 ulp.
 MOE_DEVICE float sigmoid(float x) {
     const float e = exp(neg(abs(x)));
-    return __fdiv_rn(x < 0.0f ? e : 1.0f, __fadd_rn(1.0f, e));
+    return over_one_plus(x < 0.0f ? e : 1.0f, e);
 }
 
 /// x·sigmoid(z). −∞ gives −0.
@@ -171,7 +185,7 @@ MOE_DEVICE float times_sigmoid(float x, float z) {
     const float e = exp(neg(abs(z)));
     x = max(-MAX_F32, x);
     const float numerator = z < 0.0f ? __fmul_rn(x, e) : x;
-    return __fdiv_rn(numerator, __fadd_rn(1.0f, e));
+    return over_one_plus(numerator, e);
 }
 
 /// x / (1 + e⁻ˣ); error ≤ 3 ulp for x ≥ −87. −0 at −∞.
@@ -192,7 +206,7 @@ MOE_DEVICE float tanh(float x) {
     const float c[5] = {-0.3333328f, 0.13331406f, -0.053736515f, 0.020628167f, -0.005692296f};
     const float small = __fmaf_rn(__fmul_rn(a, xx), polynomial(xx, c), a);
     const float e = exp(__fmul_rn(a, -2.0f));
-    const float big = __fsub_rn(1.0f, __fdiv_rn(__fadd_rn(e, e), __fadd_rn(1.0f, e)));
+    const float big = __fsub_rn(1.0f, over_one_plus(__fadd_rn(e, e), e));
     return copysign(a < 0.625f ? small : big, x);
 }
 

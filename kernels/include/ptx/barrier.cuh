@@ -53,6 +53,11 @@ MOE_DEVICE void mbarrier_arrive_cluster(uint32_t mapped) {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
 }
 
+// The same with the default semantics, release at the scope of the own block: for arrivals that publish no memory to the other one.
+MOE_DEVICE void mbarrier_arrive_cluster_unordered(uint32_t mapped) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+}
+
 // True once the phase of that parity has ended. May suspend the thread for a while, and may be false without cause.
 MOE_DEVICE bool mbarrier_try_wait(uint32_t mbarrier, uint32_t parity) {
     uint32_t done;

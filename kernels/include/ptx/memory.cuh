@@ -163,6 +163,15 @@ MOE_DEVICE void store_shared_16(uint32_t target, uint16_t v) {
     asm volatile("st.shared.u16 [%0], %1;" :: "r"(target), "h"(v) : "memory");
 }
 
+// ---- arithmetic ----
+
+// 1 / v within 1 ulp.
+MOE_DEVICE float reciprocal(float v) {
+    float r;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
 // ---- conversions, round to nearest even; a NaN becomes 0x7fff (bf16, f16) ----
 
 MOE_DEVICE uint16_t f32_to_bf16(float v) {
