@@ -94,6 +94,7 @@ void cp_async_wait_all() {
 }
 
 void check_finished(Fiber* fiber) {
+    check_products(fiber);
     if (!fiber->bulk_open.empty()) fail("the thread ends with bulk stores that were not committed (cp.async.bulk.commit_group)");
     for (auto& group : fiber->bulk_groups) {
         for (auto& store : group) {

@@ -5,11 +5,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ptx_types.h"
 #include "state.h"
 
 namespace emu {
 
 constexpr uint32_t kRankShift = 24;
+
+static bool track_proxy();
 
 static unsigned char* allocate(size_t bytes, size_t alignment) {
     void* pointer = nullptr;
@@ -28,6 +31,7 @@ void poison_block(Block& block, size_t dynamic_bytes) {
     } else if (dynamic_bytes) {
         memset(block.dynamic, kPoison, dynamic_bytes);
     }
+    block.async_view.assign(track_proxy() ? dynamic_bytes : 0, kPoison);
     block.next_static_address = static_cast<uint32_t>(kDynamicAddress + (dynamic_bytes + 1023) / 1024 * 1024);
 }
 
@@ -68,13 +72,15 @@ uint32_t map_shared(uint32_t address, uint32_t rank) {
     return (address & ((1u << kRankShift) - 1)) | (rank + 1) << kRankShift;
 }
 
-void* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const char* what) {
+Block* shared_block(uint32_t address) {
     const Cluster& cluster = *current()->cluster;
     const uint32_t rank = address >> kRankShift;
-    if (rank > cluster.blocks.size()) fail("%s: 0x%08x is no shared address", what, address);
-    const Block& block = rank ? *cluster.blocks[rank - 1] : *current()->home;
-    const uint32_t offset = address & ((1u << kRankShift) - 1);
-    if (offset % alignment != 0) fail("%s: shared address 0x%x is not a multiple of %zu", what, address, alignment);
+    if (rank > cluster.blocks.size()) fail("0x%08x is no shared address", address);
+    return rank ? cluster.blocks[rank - 1] : current()->home;
+}
+
+void* block_pointer(const Block& block, uint32_t offset, size_t bytes, size_t alignment, const char* what) {
+    if (offset % alignment != 0) fail("%s: shared address 0x%x is not a multiple of %zu", what, offset, alignment);
     if (offset >= kDynamicAddress && offset - kDynamicAddress + bytes <= block.dynamic_bytes) {
         return block.dynamic + (offset - kDynamicAddress);
     }
@@ -82,7 +88,35 @@ void* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const cha
         if (offset >= array.address && offset - array.address + bytes <= array.bytes) return array.pointer + (offset - array.address);
     }
     fail("%s: %zu bytes at shared address 0x%x: outside of the block's shared memory (dynamic: %zu bytes from 0x%x%s)", what, bytes,
-         address, block.dynamic_bytes, kDynamicAddress, block.statics.empty() ? "" : "; static arrays behind");
+         offset, block.dynamic_bytes, kDynamicAddress, block.statics.empty() ? "" : "; static arrays behind");
+}
+
+void* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const char* what) {
+    return block_pointer(*shared_block(address), address & ((1u << kRankShift) - 1), bytes, alignment, what);
+}
+
+// ---- the async proxy (TMA, wgmma): with MOE_EMULATED_PROXY=1 it sees what threads wrote only after a fence.proxy.async ----
+
+static bool track_proxy() {
+    static const char* text = getenv("MOE_EMULATED_PROXY");
+    return text && *text == '1';
+}
+
+void fence_proxy_async() {
+    Block& block = *current()->home;
+    if (!block.async_view.empty()) memcpy(block.async_view.data(), block.dynamic, block.dynamic_bytes);
+}
+
+const void* async_view(const Block& block, const void* pointer) {
+    const auto* byte = static_cast<const unsigned char*>(pointer);
+    if (block.async_view.empty() || byte < block.dynamic || byte >= block.dynamic + block.dynamic_bytes) return pointer;
+    return block.async_view.data() + (byte - block.dynamic);
+}
+
+void async_write(Block& block, void* target, const void* bytes, size_t count) {
+    memcpy(target, bytes, count);
+    void* view = const_cast<void*>(async_view(block, target));
+    if (view != target) memcpy(view, bytes, count);
 }
 
 void check_alignment(const void* pointer, size_t alignment, const char* what) {

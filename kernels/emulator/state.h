@@ -116,6 +116,7 @@ struct Block {
     size_t dynamic_bytes = 0;
     std::vector<StaticArray> statics;
     uint32_t next_static_address = 0;
+    std::vector<unsigned char> async_view;  // MOE_EMULATED_PROXY=1: the dynamic array as the async proxy sees it
     std::vector<Warp*> warps;
     std::vector<std::unique_ptr<Warpgroup>> warpgroups;
 };
@@ -174,6 +175,16 @@ void check_finished(Fiber* fiber);        // async.cpp: a thread ends
 bool run_async(Cluster& cluster);         // async.cpp: lets one pending effect happen; false if there is none
 void finish_async(Cluster& cluster);      // async.cpp: the cluster ends
 bool has_async(const Cluster& cluster);
+
+void check_products(Fiber* fiber);        // wgmma.cpp: a thread ends
+
+// ---- shared.cpp ----
+
+Block* shared_block(uint32_t address);  // the block that a shared address lies in
+void* block_pointer(const Block& block, uint32_t offset, size_t bytes, size_t alignment, const char* what);
+// The async proxy's side of shared memory: where it reads what `pointer` names, and its writes.
+const void* async_view(const Block& block, const void* pointer);
+void async_write(Block& block, void* target, const void* bytes, size_t count);
 
 // ---- barrier.cpp: mbarriers, by host pointer ----
 
