@@ -21,7 +21,7 @@ for argument in "$@"; do
 done
 
 cxx=${CXX:-g++}
-flags=(-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -fno-omit-frame-pointer -fno-optimize-sibling-calls -Wall -Wextra -Wno-unknown-pragmas)
+flags=(-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -fno-strict-aliasing -fno-omit-frame-pointer -fno-optimize-sibling-calls -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi)
 case $(uname -m) in
     x86_64) ! grep -qw avx2 /proc/cpuinfo || flags+=(-march=x86-64-v3) ;;
 esac

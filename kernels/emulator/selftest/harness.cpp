@@ -36,10 +36,11 @@ void expect_report(const std::string& report, const char* text) {
     printf("    FAILED: a report with \"%s\" was expected; it was: \"%s\"\n", text, report.c_str());
 }
 
-std::string run(const char* name, const Shape& shape, const void* parameters, uint64_t seed, const void* map) {
+std::string run(const char* name, const Shape& shape, const void* parameters, uint64_t seed, const void* maps) {
     const emu::Kernel* kernel = emu::find_kernel(name);
     if (!kernel) return std::string("no kernel ") + name;
-    void* arguments[] = {const_cast<void*>(parameters), const_cast<void*>(map)};
+    void* arguments[8] = {const_cast<void*>(parameters)};
+    for (uint32_t i = 1; i < kernel->argument_count; ++i) arguments[i] = static_cast<char*>(const_cast<void*>(maps)) + 128 * (i - 1);
     const emu::LaunchShape launch = {{shape.blocks, 1, 1}, {shape.threads, 1, 1}, {shape.cluster, 1, 1}, shape.shared_bytes};
     return emu::run_grid(*kernel, launch, arguments, seed);
 }

@@ -13,8 +13,9 @@ struct Shape {
     unsigned blocks = 1, threads = 32, shared_bytes = 0, cluster = 1;
 };
 
-// Runs kernel `name` with one parameter structure, and a tensor map if given. The report of what went wrong, or "".
-std::string run(const char* name, const Shape& shape, const void* parameters, uint64_t seed, const void* map = nullptr);
+// Runs kernel `name` with one parameter structure, and tensor maps of 128 bytes each for its other parameters. The report
+// of what went wrong, or "".
+std::string run(const char* name, const Shape& shape, const void* parameters, uint64_t seed, const void* maps = nullptr);
 
 // Registers a test. It reports by `expect`.
 struct Test {
