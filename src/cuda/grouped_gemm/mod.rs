@@ -175,6 +175,12 @@ pub fn plan_grouped_gemm(product: &GroupedGemm, device: &DeviceInfo) -> Result<L
     if product.is_decode() {
         return decode::plan_decode(&params, device);
     }
+    // Layouts that Hopper's kernels refuse the sm_80 kernels take.
+    if device.compute_capability == (9, 0)
+        && let Ok(launch) = sm90::plan_grouped_gemm_sm90(&params, device)
+    {
+        return Ok(launch);
+    }
     sm80::plan_sm80(&params, device)
 }
 
