@@ -126,6 +126,7 @@ MOE_DEVICE void decode(const GroupedGemmParams& p, float* partial) {
     grouped::TileFinder<Rows> finder;
     Tile tile;
     for (uint32_t number = blockIdx.x; finder.find(p, column_tiles, number, tile); number += gridDim.x) {
+        if (tile.rows == 0) continue;
         float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         accumulate<Bf16, Aligned>(p, tile, warp, acc);
         float* const mine = partial + warp * 16 * Pitch;
