@@ -50,6 +50,7 @@ inline uint64_t global_timer() {
     return static_cast<uint64_t>(now.tv_sec) * 1000000000u + static_cast<uint64_t>(now.tv_nsec);
 }
 inline uint64_t clock() { return global_timer(); }
+inline float reciprocal(float v) { return 1.0f / v; }
 inline void nanosleep(uint32_t) { emu::yield("nanosleep"); }
 [[noreturn]] inline void trap() { emu::fail("trap"); }
 

@@ -41,6 +41,7 @@ inline void mbarrier_arrive(uint32_t mbarrier) { emu::mbarrier_arrive_at(mbarrie
 inline void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes) { emu::mbarrier_arrive_at(mbarrier, bytes); }
 inline void mbarrier_expect_tx(uint32_t mbarrier, uint32_t bytes) { emu::mbarrier_expect(mbarrier, bytes); }
 inline void mbarrier_arrive_cluster(uint32_t mapped) { emu::mbarrier_arrive_at(mapped, 0); }
+inline void mbarrier_arrive_cluster_unordered(uint32_t mapped) { emu::mbarrier_arrive_at(mapped, 0); }
 inline bool mbarrier_try_wait(uint32_t mbarrier, uint32_t parity) { return emu::mbarrier_try_wait(mbarrier, parity); }
 inline bool mbarrier_try_wait_cluster(uint32_t mbarrier, uint32_t parity) { return emu::mbarrier_try_wait(mbarrier, parity); }
 inline void mbarrier_wait(uint32_t mbarrier, uint32_t parity) {

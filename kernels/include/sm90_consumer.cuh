@@ -244,11 +244,11 @@ MOE_DEVICE void consume(const grouped::GroupedGemmParams& p, const Ring& ring, u
         const Place mail = Place::after<MAILBOXES>(index);
         ptx::mbarrier_wait(ring.posted(mail.stage), mail.parity);
         const Tile tile = read_mail(ring, mail.stage);
-        if (tile.rows == 0) break;
+        if (!tile.exists()) break;
         fill_side<Gated>(p, tile, ring.side(mail.stage));
         ptx::barrier_sync(1 + which, 128);
         Sums sums;
-        multiply<DType>(sums, ring, Place::after<STAGES>(index * steps), steps);
+        multiply<DType>(sums, ring, Place::after<STAGES>(index % (2 * STAGES) * (steps % (2 * STAGES))), steps);
         finish<DType, Gated>(p, ring, mail.stage, sums);
         __syncwarp();
         if (ptx::lane_id() == 0) ptx::mbarrier_arrive(ring.taken(index % MAILBOXES));

@@ -53,7 +53,7 @@ MOE_DEVICE void load_by_tma(const Source& s, const Tile& tile, uint32_t stage, u
     }
 }
 
-// Leaves a tile's place in the next mailbox; rows = 0 ends a consumer's work. One thread.
+// Leaves a tile's place in the next mailbox, or Tile::END, which ends a consumer's work. One thread.
 MOE_DEVICE void post(const Ring& ring, Place& turn, const Tile& tile) {
     ptx::mbarrier_wait(ring.taken(turn.stage), turn.parity ^ 1);
     ptx::store_shared_128(ring.mail(turn.stage), make_uint4(tile.expert, tile.row, tile.rows, tile.column));
@@ -61,7 +61,7 @@ MOE_DEVICE void post(const Ring& ring, Place& turn, const Tile& tile) {
     turn.next<MAILBOXES>();
 }
 
-// The pair of row 32·warp + lane of a tile, or NO_ROW.
+// The pair of row 32·warp + lane of a tile; for rows that are not there one that no row of A belongs to.
 MOE_DEVICE uint32_t pair_of_lane(const grouped::GroupedGemmParams& p, const Tile& tile) {
     const uint32_t r = threadIdx.x & 127;
     return r < tile.rows ? __ldg(p.pair_of_row + tile.row + r) : NO_ROW;
@@ -104,10 +104,10 @@ MOE_DEVICE void produce_gathering(const Source& s, uint32_t first_unit, uint32_t
     uint32_t in_flight = 0;
     Tile tile = schedule.find(first_unit);
     uint32_t pair = pair_of_lane(s.p, tile);
-    for (uint32_t unit = first_unit + unit_step; tile.rows != 0; unit += unit_step) {
+    for (uint32_t unit = first_unit + unit_step; tile.exists(); unit += unit_step) {
         if (leader) post(s.ring, turn, tile);
         __syncwarp();
-        const uint32_t source = pair == NO_ROW ? NO_ROW : pair / s.p.slots;
+        const uint32_t row = pair / s.p.slots, source = row < s.p.a_rows ? row : NO_ROW;
         // The next tile's row numbers travel while this tile's stages are filled.
         const Tile next = schedule.find(unit);
         pair = pair_of_lane(s.p, next);
@@ -140,7 +140,7 @@ MOE_DEVICE void produce_by_tma(const Source& s, uint32_t first_unit, uint32_t un
     Schedule schedule(s.p, Gated ? BOX_ROWS : TILE_N);
     Place place{0, 0}, turn{0, 0};
     Tile tile = schedule.find(first_unit);
-    for (uint32_t unit = first_unit + unit_step; tile.rows != 0; unit += unit_step) {
+    for (uint32_t unit = first_unit + unit_step; tile.exists(); unit += unit_step) {
         if (ptx::lane_id() == 0) post(s.ring, turn, tile);
         __syncwarp();
         for (uint32_t k = 0; k < s.p.k; k += TILE_K) {

@@ -28,11 +28,14 @@ constexpr uint32_t BAND = 8;
 
 // One tile of one CTA.
 struct Tile {
-    uint32_t expert;
+    uint32_t expert;  // END: there is no further tile
     uint32_t row;     // first row, in the packed order of rows
-    uint32_t rows;    // valid rows from there, 1 ..= TILE_M; 0: the schedule is at its end
+    uint32_t rows;    // valid rows from there, up to TILE_M; 0 only where counts reach beyond the output
     uint32_t column;  // index of the column tile; may be one past the last (see "halves")
     uint32_t pair;    // 1: both CTAs of the cluster read the same tile of B
+
+    static constexpr uint32_t END = 0xffffffffu;
+    MOE_DEVICE bool exists() const { return expert != END; }
 };
 
 // A walk over the units in ascending order. Its state is the same in all lanes of a warp.
@@ -93,7 +96,7 @@ struct Schedule {
             }
             before += __shfl_sync(ALL, end, 31);
         }
-        return Tile{0, 0, 0, 0, 0};
+        return Tile{Tile::END, 0, 0, 0, 0};
     }
 
 private:
@@ -114,9 +117,11 @@ private:
             column = 2 * (rest - groups * column_tiles) + rank;
             row_tile = tiles - 1;
         }
-        const uint32_t begin = row_tile * TILE_M;
-        const uint32_t rows = count - begin < TILE_M ? count - begin : TILE_M;
-        return Tile{expert, grouped::start_of(p, expert) + begin, rows, column, whole ? cluster - 1 : 0};
+        const uint32_t begin = row_tile * TILE_M, start = grouped::start_of(p, expert);
+        const uint32_t there = start < p.rows && begin < p.rows - start ? p.rows - start - begin : 0;
+        uint32_t rows = count - begin < TILE_M ? count - begin : TILE_M;
+        rows = rows < there ? rows : there;
+        return Tile{expert, start + begin, rows, column, whole ? cluster - 1 : 0};
     }
 };
 

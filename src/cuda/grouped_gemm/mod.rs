@@ -2,5 +2,6 @@
 
 pub mod decode;
 pub mod f32;
+pub mod params;
 pub mod sm80;
 pub mod sm90;

@@ -1,0 +1,377 @@
+//! The grouped product on Hopper against f64: on a GPU, or on the emulator (`scripts/emulate-cuda.sh`), whose answer depends on a seed
+//! (`MOE_EMULATED_SEED`) that shuffles threads and delays copies, products and barriers.
+#![cfg(feature = "cuda")]
+
+mod common;
+#[path = "common/gpu.rs"]
+mod gpu;
+
+use common::Rng;
+use gpu::{Buffer, Gpu};
+use half::{bf16, f16};
+use moe_kernels::cuda::grouped_gemm::params::{ActivationParams, Flags, GroupedGemmParams};
+use moe_kernels::cuda::grouped_gemm::sm90::{
+    CLUSTER_ROWS, TILE_COLUMNS, TILE_K, TILE_ROWS, cluster_for, plan_grouped_gemm_sm90,
+    plan_with_cluster,
+};
+use moe_kernels::cuda::{DeviceInfo, DevicePtr};
+use moe_kernels::grouped_gemm::{Activation, ActivationFunction, Clamp};
+use moe_kernels::reference::{self, MlpSpec};
+use moe_kernels::{DType, Error};
+
+/// The device, if it is a Hopper.
+fn hopper() -> Option<Gpu> {
+    let gpu = gpu::open()?;
+    if gpu.cuda.device_info().compute_capability == (9, 0) {
+        return Some(gpu);
+    }
+    let required = std::env::var("MOE_KERNELS_REQUIRE").unwrap_or_default();
+    assert!(
+        !required.split(',').any(|word| word.trim() == "sm_90"),
+        "a Hopper GPU is required"
+    );
+    eprintln!(
+        "NOT RUN: compute capability {:?}, not 9.0",
+        gpu.cuda.device_info().compute_capability
+    );
+    None
+}
+
+/// A product: its shape and what it does.
+#[derive(Clone)]
+struct Case {
+    counts: Vec<usize>,
+    /// Rows of an expert begin at multiples of this.
+    block: usize,
+    n: usize,
+    k: usize,
+    dtype: DType,
+    out: DType,
+    activation: Option<Activation>,
+    /// 0: contiguous rows; else the pairs of a token.
+    slots: usize,
+    bias: bool,
+    scale: bool,
+    /// Weights of gate and up in alternating rows of one matrix.
+    interleaved: bool,
+    cluster: u32,
+    seed: u64,
+}
+
+impl Case {
+    fn plain(counts: &[usize], n: usize, k: usize) -> Self {
+        Self {
+            counts: counts.to_vec(),
+            block: 1,
+            n,
+            k,
+            dtype: DType::BF16,
+            out: DType::BF16,
+            activation: None,
+            slots: 0,
+            bias: false,
+            scale: false,
+            interleaved: false,
+            cluster: 1,
+            seed: 1,
+        }
+    }
+
+    fn gated(counts: &[usize], n: usize, k: usize) -> Self {
+        Self {
+            activation: Some(Activation::SWIGLU),
+            slots: 2,
+            ..Self::plain(counts, n, k)
+        }
+    }
+
+    fn is_gated(&self) -> bool {
+        self.activation.is_some_and(|a| a.gated)
+    }
+
+    fn offsets(&self) -> Vec<i32> {
+        let mut offsets = vec![0];
+        for count in &self.counts {
+            offsets.push(offsets[offsets.len() - 1] + count.next_multiple_of(self.block) as i32);
+        }
+        offsets
+    }
+
+    fn rows(&self) -> usize {
+        *self.offsets().last().unwrap() as usize
+    }
+}
+
+/// Values as the format holds them.
+fn round(dtype: DType, v: f32) -> f32 {
+    match dtype {
+        DType::F16 => f16::from_f32(v).to_f32(),
+        DType::BF16 => bf16::from_f32(v).to_f32(),
+        _ => v,
+    }
+}
+
+fn bits_of(dtype: DType, v: &[f32]) -> Vec<u16> {
+    v.iter()
+        .map(|&v| match dtype {
+            DType::F16 => f16::from_f32(v).to_bits(),
+            _ => bf16::from_f32(v).to_bits(),
+        })
+        .collect()
+}
+
+fn activation_params(activation: Option<Activation>) -> ActivationParams {
+    let mut p = ActivationParams {
+        kind: 0,
+        gated: 0,
+        gate_max: f32::INFINITY,
+        result_max: f32::INFINITY,
+        up_limit: f32::INFINITY,
+        alpha: 0.0,
+        gate_cap: 0.0,
+        up_cap: 0.0,
+    };
+    let Some(a) = activation else { return p };
+    p.gated = a.gated.into();
+    p.kind = match a.function {
+        ActivationFunction::Silu => 1,
+        ActivationFunction::Gelu => 2,
+        ActivationFunction::GeluTanh => 3,
+        ActivationFunction::Relu => 4,
+        ActivationFunction::Relu2 => 5,
+        _ => 0,
+    };
+    match a.clamp {
+        Clamp::Pre { limit } => (p.gate_max, p.up_limit) = (limit, limit),
+        Clamp::Post { limit } => (p.result_max, p.up_limit) = (limit, limit),
+        Clamp::GptOss { limit, alpha } => {
+            (p.kind, p.gate_max, p.up_limit, p.alpha) = (6, limit, limit, alpha);
+        }
+        Clamp::Softcap { gate, up } => (p.kind, p.gate_cap, p.up_cap) = (7, gate, up),
+        _ => {}
+    }
+    p
+}
+
+/// A case's numbers, rounded to its format.
+struct Data {
+    a: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    gate_bias: Vec<f32>,
+    up_bias: Vec<f32>,
+    scale: Vec<f32>,
+    pair_of_row: Vec<u32>,
+}
+
+impl Data {
+    fn new(case: &Case) -> Self {
+        let mut rng = Rng(case.seed);
+        let (e, n, k, rows) = (case.counts.len(), case.n, case.k, case.rows());
+        let mut values = |len: usize, by: f32| -> Vec<f32> {
+            (0..len).map(|_| round(case.dtype, rng.normal() * by)).collect()
+        };
+        let by = 1.0 / (k as f32).sqrt();
+        let a_rows = rows.max(1);
+        let (mut a, gate, up) = (values(a_rows * k, 1.0), values(e * n * k, by), values(e * n * k, by));
+        let (gate_bias, up_bias) = (values(e * n, 1.0), values(e * n, 1.0));
+        let mut scale: Vec<f32> = values(a_rows * case.slots.max(1), 1.0);
+        // Pairs in a random order; rows of padding have none, and where rows are contiguous hold infinities that nobody may see.
+        let mut order: Vec<u32> = (0..(a_rows * case.slots.max(1)) as u32).collect();
+        let mut rng = Rng(case.seed ^ 77);
+        for i in (1..order.len()).rev() {
+            order.swap(i, rng.below(i + 1));
+        }
+        let mut pair_of_row = vec![u32::MAX; rows];
+        let offsets = case.offsets();
+        let real = |r: usize| (0..e).any(|e| (offsets[e] as usize..offsets[e] as usize + case.counts[e]).contains(&r));
+        for r in 0..rows {
+            if real(r) {
+                pair_of_row[r] = order[r];
+            } else if case.slots == 0 {
+                a[r * k..][..k].fill(f32::INFINITY);
+                scale[r] = f32::NAN;
+            }
+        }
+        Self { a, gate, up, gate_bias, up_bias, scale, pair_of_row }
+    }
+}
+
+/// What comes out: the whole buffer, with a canary before and behind.
+const CANARY: usize = 64;
+
+struct Device {
+    buffers: Vec<Buffer<u16>>,
+    floats: Vec<Buffer<f32>>,
+    ints: Vec<Buffer<i32>>,
+    pairs: Buffer<u32>,
+    out: Buffer<u8>,
+}
+
+fn upload(gpu: &Gpu, case: &Case, data: &Data) -> (Device, GroupedGemmParams) {
+    let (e, n, k, rows) = (case.counts.len(), case.n, case.k, case.rows());
+    let element = case.out.size();
+    let weights = if case.interleaved {
+        // Row 2i of gate, row 2i + 1 of up.
+        let rows = data.gate.chunks(k).zip(data.up.chunks(k));
+        vec![rows.flat_map(|(g, u)| [g, u].concat()).collect::<Vec<f32>>()]
+    } else {
+        vec![data.gate.clone(), data.up.clone()]
+    };
+    let mut buffers = vec![gpu.upload(&bits_of(case.dtype, &data.a))];
+    buffers.extend(weights.iter().map(|w| gpu.upload(&bits_of(case.dtype, w))));
+    let floats = vec![gpu.upload(&data.gate_bias), gpu.upload(&data.up_bias), gpu.upload(&data.scale)];
+    let counts: Vec<i32> = case.counts.iter().map(|&c| c as i32).collect();
+    let ints = vec![gpu.upload(&case.offsets()), gpu.upload(&counts)];
+    let pairs = gpu.upload(&data.pair_of_row);
+    let out = gpu.filled::<u8>((2 * CANARY + rows * n) * element, 0xff);
+    let row = k as i64 * if case.interleaved { 2 } else { 1 };
+    let present = |yes: bool, ptr: DevicePtr| if yes { ptr } else { DevicePtr::NULL };
+    let gated = case.is_gated();
+    let up = if case.interleaved { buffers[1].ptr().add(2 * k as u64) } else { buffers[2].ptr() };
+    let params = GroupedGemmParams {
+        a: buffers[0].ptr(),
+        pair_of_row: present(case.slots > 0, pairs.ptr()),
+        input_scale: present(case.scale, floats[2].ptr()),
+        offsets: ints[0].ptr(),
+        counts: ints[1].ptr(),
+        gate: present(gated, buffers[1].ptr()),
+        up,
+        gate_bias: present(case.bias && gated, floats[0].ptr()),
+        up_bias: present(case.bias, floats[1].ptr()),
+        out: out.ptr().add((CANARY * element) as u64),
+        a_row_stride: k as i64,
+        gate_row_stride: row,
+        gate_expert_stride: n as i64 * row,
+        up_row_stride: row,
+        up_expert_stride: n as i64 * row,
+        gate_bias_expert_stride: n as i64,
+        up_bias_expert_stride: n as i64,
+        out_row_stride: n as i64,
+        gate_bias_stride: 1,
+        up_bias_stride: 1,
+        experts: e as u32,
+        rows: rows as u32,
+        n: n as u32,
+        k: k as u32,
+        slots: case.slots.max(1) as u32,
+        flags: Flags::ALIGNED_OUT,
+        a_dtype: case.dtype as u32,
+        w_dtype: case.dtype as u32,
+        bias_dtype: DType::F32 as u32,
+        out_dtype: case.out as u32,
+        a_rows: (data.a.len() / k) as u32,
+        reserved: 0,
+        activation: activation_params(case.activation),
+    };
+    (Device { buffers, floats, ints, pairs, out }, params)
+}
+
+/// The output rows as f32, after a look at the canaries and at the rows of padding.
+fn run(gpu: &Gpu, case: &Case, data: &Data) -> Vec<f32> {
+    let (device, params) = upload(gpu, case, data);
+    let launch = plan_with_cluster(&params, case.cluster, gpu.cuda.device_info()).unwrap();
+    gpu.launch(&launch);
+    let bytes = gpu.download(&device.out);
+    drop((device.buffers, device.floats, device.ints, device.pairs));
+    let edge = CANARY * case.out.size();
+    assert!(bytes[..edge].iter().all(|&b| b == 0xff), "written before the output");
+    assert!(bytes[bytes.len() - edge..].iter().all(|&b| b == 0xff), "written behind the output");
+    let values: Vec<f32> = bytes[edge..bytes.len() - edge]
+        .chunks(case.out.size())
+        .map(|c| match case.out {
+            DType::F16 => f16::from_le_bytes([c[0], c[1]]).to_f32(),
+            DType::BF16 => bf16::from_le_bytes([c[0], c[1]]).to_f32(),
+            _ => f32::from_le_bytes([c[0], c[1], c[2], c[3]]),
+        })
+        .collect();
+    let inside = bytes[edge..bytes.len() - edge].chunks(case.n * case.out.size());
+    for (r, row) in inside.enumerate() {
+        if data.pair_of_row[r] == u32::MAX {
+            assert!(row.iter().all(|&b| b == 0xff), "row {r} is padding and was written");
+        }
+    }
+    values
+}
+
+/// Σ a·w and Σ |a·w| of one output in f64.
+fn dot(a: &[f32], w: &[f32]) -> (f64, f64) {
+    a.iter().zip(w).fold((0.0, 0.0), |(sum, abs), (a, w)| {
+        let p = f64::from(*a) * f64::from(*w);
+        (sum + p, abs + p.abs())
+    })
+}
+
+/// Fails unless every value is within the rounding errors of f32 sums, the activation's and the output's.
+fn check(case: &Case, data: &Data, found: &[f32]) {
+    let (n, k) = (case.n, case.k);
+    let spec = case.activation.map(|a| MlpSpec::from(a));
+    // One rounding for each product of 16 and each addition in it at most, and the tensor cores may cut instead of rounding: twice the unit.
+    let unit = reference::gamma(k + 2, 2f64.powi(-23));
+    let ulp = match case.out {
+        DType::F16 => 2f64.powi(-11),
+        DType::BF16 => 2f64.powi(-8),
+        _ => 2f64.powi(-23),
+    };
+    let offsets = case.offsets();
+    for (e, &count) in case.counts.iter().enumerate() {
+        for r in offsets[e] as usize..offsets[e] as usize + count {
+            let pair = data.pair_of_row[r] as usize;
+            let (source, scaled) = match case.slots {
+                0 => (r, r),
+                slots => (pair / slots, pair),
+            };
+            let a = &data.a[source * k..][..k];
+            for c in 0..n {
+                let column = e * n + c;
+                let side = |w: &[f32], bias: &[f32]| {
+                    let (mut sum, mut abs) = dot(a, &w[column * k..][..k]);
+                    if case.scale {
+                        let s = f64::from(data.scale[scaled]);
+                        (sum, abs) = (sum * s, abs * s.abs());
+                    }
+                    if case.bias {
+                        let b = f64::from(bias[column]);
+                        (sum, abs) = (sum + b, abs + b.abs());
+                    }
+                    (sum, abs * unit)
+                };
+                let (u, du) = side(&data.up, &data.up_bias);
+                let (expected, error) = match &spec {
+                    None => (u, du),
+                    Some(spec) => {
+                        let (g, dg) = if case.is_gated() { side(&data.gate, &data.gate_bias) } else { (u, du) };
+                        let h = spec.activate(g, u);
+                        // No function here is steeper than 1.2 + 2|z|; the activation itself is good to a few ulp of f32.
+                        let steep = |z: f64| 1.2 + 2.0 * z.abs();
+                        let gate = steep(g) * dg + 8.0 * 2f64.powi(-23) * g.abs().max(1e-3) * steep(g);
+                        match case.is_gated() {
+                            true => (h, gate * (u.abs() + 1.0 + du) + steep(g) * (g.abs() + 1e-3) * du * 1.2),
+                            false => (h, gate),
+                        }
+                    }
+                };
+                let v = f64::from(found[r * n + c]);
+                let bound = error + ulp * expected.abs() + 2f64.powi(-25);
+                assert!(
+                    (v - expected).abs() <= bound,
+                    "expert {e} row {r} column {c}: {v:e}, expected {expected:e} ± {bound:e}"
+                );
+            }
+        }
+    }
+}
+
+fn run_and_check(gpu: &Gpu, case: &Case) -> Vec<f32> {
+    let data = Data::new(case);
+    let found = run(gpu, case, &data);
+    check(case, &data, &found);
+    found
+}
+
+#[test]
+fn one_tile() {
+    let Some(gpu) = hopper() else { return };
+    run_and_check(&gpu, &Case::plain(&[TILE_ROWS], TILE_COLUMNS, TILE_K));
+    run_and_check(&gpu, &Case::gated(&[TILE_ROWS], TILE_COLUMNS / 2, TILE_K));
+}
