@@ -5,7 +5,7 @@
     scripts/build_ptx.py build [STEM...]      rewrites kernels/ptx and kernels/MANIFEST, of all kernels or of some
     scripts/build_ptx.py check [STEM...]      builds in a temporary folder, in another place, and compares
     scripts/build_ptx.py self-test            whether the checks below can fail
-    scripts/build_ptx.py build --out DIR      text only, no check and no MANIFEST: what build.rs calls with feature build-ptx
+    scripts/build_ptx.py build --out DIR      texts only, of which those are compiled whose sources have changed: for build.rs, feature build-ptx
 
 MOE_CUDA_TOOLCHAIN names another folder with the same wheels. A file *_sm90.cu becomes PTX for sm_90a, every other one for sm_80.
 
@@ -307,11 +307,17 @@ def build(stems: list[str], folder: pathlib.Path) -> None:
 
 
 def build_text_only(stems: list[str], out: pathlib.Path, folder: pathlib.Path) -> None:
+    """Compiles what has changed since its text was committed; the other texts are copied and need no compiler: `check` holds them to their sources."""
+    sections = read_manifest()
     for path in chosen(stems, KERNELS):
-        target = target_of(path.stem)
-        text = build_text(path, KERNELS, folder)
-        (out / target).mkdir(parents=True, exist_ok=True)
-        (out / target / f"{path.stem}.ptx").write_text(text)
+        key = f"ptx/{target_of(path.stem)}/{path.stem}.ptx"
+        text = (KERNELS / key).read_text() if (KERNELS / key).exists() else ""
+        known = [source_hash(path, KERNELS), hashlib.sha256(text.encode()).hexdigest()]
+        if not all(f"sha256 {sha}\n" in sections.get(key, "") for sha in known):
+            text = build_text(path, KERNELS, folder)
+        target = out / target_of(path.stem) / f"{path.stem}.ptx"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
 
 
 def check(stems: list[str], folder: pathlib.Path) -> None:

@@ -169,11 +169,17 @@ impl Data {
         let mut rng = Rng(case.seed);
         let (e, n, k, rows) = (case.counts.len(), case.n, case.k, case.rows());
         let mut values = |len: usize, by: f32| -> Vec<f32> {
-            (0..len).map(|_| round(case.dtype, rng.normal() * by)).collect()
+            (0..len)
+                .map(|_| round(case.dtype, rng.normal() * by))
+                .collect()
         };
         let by = 1.0 / (k as f32).sqrt();
         let a_rows = rows.max(1);
-        let (mut a, gate, up) = (values(a_rows * k, 1.0), values(e * n * k, by), values(e * n * k, by));
+        let (mut a, gate, up) = (
+            values(a_rows * k, 1.0),
+            values(e * n * k, by),
+            values(e * n * k, by),
+        );
         let (gate_bias, up_bias) = (values(e * n, 1.0), values(e * n, 1.0));
         let mut scale: Vec<f32> = values(a_rows * case.slots.max(1), 1.0);
         // Pairs in a random order; rows of padding have none, and where rows are contiguous hold infinities that nobody may see.
@@ -184,7 +190,9 @@ impl Data {
         }
         let mut pair_of_row = vec![u32::MAX; rows];
         let offsets = case.offsets();
-        let real = |r: usize| (0..e).any(|e| (offsets[e] as usize..offsets[e] as usize + case.counts[e]).contains(&r));
+        let real = |r: usize| {
+            (0..e).any(|e| (offsets[e] as usize..offsets[e] as usize + case.counts[e]).contains(&r))
+        };
         for r in 0..rows {
             if real(r) {
                 pair_of_row[r] = order[r];
@@ -193,7 +201,15 @@ impl Data {
                 scale[r] = f32::NAN;
             }
         }
-        Self { a, gate, up, gate_bias, up_bias, scale, pair_of_row }
+        Self {
+            a,
+            gate,
+            up,
+            gate_bias,
+            up_bias,
+            scale,
+            pair_of_row,
+        }
     }
 }
 
@@ -214,13 +230,20 @@ fn upload(gpu: &Gpu, case: &Case, data: &Data) -> (Device, GroupedGemmParams) {
     let weights = if case.interleaved {
         // Row 2i of gate, row 2i + 1 of up.
         let rows = data.gate.chunks(k).zip(data.up.chunks(k));
-        vec![rows.flat_map(|(g, u)| [g, u].concat()).collect::<Vec<f32>>()]
+        vec![
+            rows.flat_map(|(g, u)| [g, u].concat())
+                .collect::<Vec<f32>>(),
+        ]
     } else {
         vec![data.gate.clone(), data.up.clone()]
     };
     let mut buffers = vec![gpu.upload(&bits_of(case.dtype, &data.a))];
     buffers.extend(weights.iter().map(|w| gpu.upload(&bits_of(case.dtype, w))));
-    let floats = vec![gpu.upload(&data.gate_bias), gpu.upload(&data.up_bias), gpu.upload(&data.scale)];
+    let floats = vec![
+        gpu.upload(&data.gate_bias),
+        gpu.upload(&data.up_bias),
+        gpu.upload(&data.scale),
+    ];
     let counts: Vec<i32> = case.counts.iter().map(|&c| c as i32).collect();
     let ints = vec![gpu.upload(&case.offsets()), gpu.upload(&counts)];
     let pairs = gpu.upload(&data.pair_of_row);
@@ -228,7 +251,11 @@ fn upload(gpu: &Gpu, case: &Case, data: &Data) -> (Device, GroupedGemmParams) {
     let row = k as i64 * if case.interleaved { 2 } else { 1 };
     let present = |yes: bool, ptr: DevicePtr| if yes { ptr } else { DevicePtr::NULL };
     let gated = case.is_gated();
-    let up = if case.interleaved { buffers[1].ptr().add(2 * k as u64) } else { buffers[2].ptr() };
+    let up = if case.interleaved {
+        buffers[1].ptr().add(2 * k as u64)
+    } else {
+        buffers[2].ptr()
+    };
     let params = GroupedGemmParams {
         a: buffers[0].ptr(),
         pair_of_row: present(case.slots > 0, pairs.ptr()),
@@ -264,7 +291,16 @@ fn upload(gpu: &Gpu, case: &Case, data: &Data) -> (Device, GroupedGemmParams) {
         reserved: 0,
         activation: activation_params(case.activation),
     };
-    (Device { buffers, floats, ints, pairs, out }, params)
+    (
+        Device {
+            buffers,
+            floats,
+            ints,
+            pairs,
+            out,
+        },
+        params,
+    )
 }
 
 /// The output rows as f32, after a look at the canaries and at the rows of padding.
@@ -275,8 +311,14 @@ fn run(gpu: &Gpu, case: &Case, data: &Data) -> Vec<f32> {
     let bytes = gpu.download(&device.out);
     drop((device.buffers, device.floats, device.ints, device.pairs));
     let edge = CANARY * case.out.size();
-    assert!(bytes[..edge].iter().all(|&b| b == 0xff), "written before the output");
-    assert!(bytes[bytes.len() - edge..].iter().all(|&b| b == 0xff), "written behind the output");
+    assert!(
+        bytes[..edge].iter().all(|&b| b == 0xff),
+        "written before the output"
+    );
+    assert!(
+        bytes[bytes.len() - edge..].iter().all(|&b| b == 0xff),
+        "written behind the output"
+    );
     let values: Vec<f32> = bytes[edge..bytes.len() - edge]
         .chunks(case.out.size())
         .map(|c| match case.out {
@@ -288,7 +330,10 @@ fn run(gpu: &Gpu, case: &Case, data: &Data) -> Vec<f32> {
     let inside = bytes[edge..bytes.len() - edge].chunks(case.n * case.out.size());
     for (r, row) in inside.enumerate() {
         if data.pair_of_row[r] == u32::MAX {
-            assert!(row.iter().all(|&b| b == 0xff), "row {r} is padding and was written");
+            assert!(
+                row.iter().all(|&b| b == 0xff),
+                "row {r} is padding and was written"
+            );
         }
     }
     values
@@ -340,13 +385,22 @@ fn check(case: &Case, data: &Data, found: &[f32]) {
                 let (expected, error) = match &spec {
                     None => (u, du),
                     Some(spec) => {
-                        let (g, dg) = if case.is_gated() { side(&data.gate, &data.gate_bias) } else { (u, du) };
+                        let (g, dg) = if case.is_gated() {
+                            side(&data.gate, &data.gate_bias)
+                        } else {
+                            (u, du)
+                        };
                         let h = spec.activate(g, u);
                         // No function here is steeper than 1.2 + 2|z|; the activation itself is good to a few ulp of f32.
                         let steep = |z: f64| 1.2 + 2.0 * z.abs();
-                        let gate = steep(g) * dg + 8.0 * 2f64.powi(-23) * g.abs().max(1e-3) * steep(g);
+                        let gate =
+                            steep(g) * dg + 8.0 * 2f64.powi(-23) * g.abs().max(1e-3) * steep(g);
                         match case.is_gated() {
-                            true => (h, gate * (u.abs() + 1.0 + du) + steep(g) * (g.abs() + 1e-3) * du * 1.2),
+                            true => (
+                                h,
+                                gate * (u.abs() + 1.0 + du)
+                                    + steep(g) * (g.abs() + 1e-3) * du * 1.2,
+                            ),
                             false => (h, gate),
                         }
                     }

@@ -63,20 +63,40 @@ pub fn cluster_for(rows: usize, experts: usize, device: &DeviceInfo) -> u32 {
 ///
 /// # Errors
 /// As [`plan_grouped_gemm_sm90`].
-pub fn plan_with_cluster(params: &GroupedGemmParams, cluster: u32, device: &DeviceInfo) -> Result<Launch> {
+pub fn plan_with_cluster(
+    params: &GroupedGemmParams,
+    cluster: u32,
+    device: &DeviceInfo,
+) -> Result<Launch> {
     check_device(cluster, device)?;
     let dtype = check_formats(params)?;
     check_layout(params)?;
     let gated = params.activation.gated != 0;
     let units = units(params, gated)?;
     let clusters = (device.sm_count / cluster).min(units);
-    let up = weights(params.up, params.up_row_stride, params.up_expert_stride, dtype, params);
+    let up = weights(
+        params.up,
+        params.up_row_stride,
+        params.up_expert_stride,
+        dtype,
+        params,
+    );
     let gate = match gated {
-        true => weights(params.gate, params.gate_row_stride, params.gate_expert_stride, dtype, params),
+        true => weights(
+            params.gate,
+            params.gate_row_stride,
+            params.gate_expert_stride,
+            dtype,
+            params,
+        ),
         false => up,
     };
     // A gathered A has no map: its rows are copied one by one.
-    let a = if params.pair_of_row.is_null() { rows_of_a(params, dtype) } else { up };
+    let a = if params.pair_of_row.is_null() {
+        rows_of_a(params, dtype)
+    } else {
+        up
+    };
     let kernel = match (dtype, gated) {
         (DType::F16, true) => "moe_grouped_gemm_sm90_f16_gated",
         (DType::F16, false) => "moe_grouped_gemm_sm90_f16_plain",
@@ -96,14 +116,22 @@ pub fn plan_with_cluster(params: &GroupedGemmParams, cluster: u32, device: &Devi
 fn check_device(cluster: u32, device: &DeviceInfo) -> Result<()> {
     if device.compute_capability != (9, 0) {
         let found = device.compute_capability;
-        return Err(Error::value("device", "compute capability 9.0", format_args!("{}.{}", found.0, found.1)));
+        return Err(Error::value(
+            "device",
+            "compute capability 9.0",
+            format_args!("{}.{}", found.0, found.1),
+        ));
     }
     if device.shared_per_block < SHARED_BYTES {
         let expected = format!("{SHARED_BYTES} bytes of shared memory a block");
         return Err(Error::value("device", expected, device.shared_per_block));
     }
     if !(1..=2).contains(&cluster) || device.sm_count < cluster {
-        return Err(Error::value("cluster", "1 or 2, and so many multiprocessors", cluster));
+        return Err(Error::value(
+            "cluster",
+            "1 or 2, and so many multiprocessors",
+            cluster,
+        ));
     }
     Ok(())
 }
@@ -112,13 +140,27 @@ fn check_device(cluster: u32, device: &DeviceInfo) -> Result<()> {
 fn check_formats(params: &GroupedGemmParams) -> Result<DType> {
     let dtype = match DType::ALL.get(params.a_dtype as usize) {
         Some(&dtype) if dtype != DType::F32 => dtype,
-        _ => return Err(Error::value("a", "bf16 or f16 for the kernels of Hopper", "another format")),
+        _ => {
+            return Err(Error::value(
+                "a",
+                "bf16 or f16 for the kernels of Hopper",
+                "another format",
+            ));
+        }
     };
     if params.w_dtype != params.a_dtype {
-        return Err(Error::value("weights", "the format of a for the kernels of Hopper", "another one"));
+        return Err(Error::value(
+            "weights",
+            "the format of a for the kernels of Hopper",
+            "another one",
+        ));
     }
     if params.out_dtype != DType::F32 as u32 && params.out_dtype != params.a_dtype {
-        return Err(Error::value("out", "f32 or the format of a for the kernels of Hopper", "another format"));
+        return Err(Error::value(
+            "out",
+            "f32 or the format of a for the kernels of Hopper",
+            "another format",
+        ));
     }
     Ok(dtype)
 }
@@ -131,7 +173,11 @@ fn check_layout(params: &GroupedGemmParams) -> Result<()> {
     }
     let multiple_of_8 = |argument, value: u64| match value % 8 {
         0 if value > 0 => Ok(()),
-        _ => Err(Error::value(argument, "a multiple of 8 elements for the kernels of Hopper", value)),
+        _ => Err(Error::value(
+            argument,
+            "a multiple of 8 elements for the kernels of Hopper",
+            value,
+        )),
     };
     multiple_of_8("n", params.n.into())?;
     multiple_of_8("k", params.k.into())?;
@@ -140,24 +186,49 @@ fn check_layout(params: &GroupedGemmParams) -> Result<()> {
     let strides = [
         ("a.row_stride", params.a_row_stride, true),
         ("up.row_stride", params.up_row_stride, true),
-        ("up.expert_stride", params.up_expert_stride, params.experts > 1),
+        (
+            "up.expert_stride",
+            params.up_expert_stride,
+            params.experts > 1,
+        ),
         ("gate.row_stride", params.gate_row_stride, gated),
-        ("gate.expert_stride", params.gate_expert_stride, gated && params.experts > 1),
+        (
+            "gate.expert_stride",
+            params.gate_expert_stride,
+            gated && params.experts > 1,
+        ),
         ("out.row_stride", params.out_row_stride, true),
     ];
     for (argument, stride, used) in strides {
         if used {
             multiple_of_8(argument, stride.max(0) as u64)?;
             // The tensor memory accelerator's limit; gathered rows are addressed by 32 bits.
-            let limit = if argument == "a.row_stride" && gathered { 1 << 32 } else { 1u64 << 40 };
+            let limit = if argument == "a.row_stride" && gathered {
+                1 << 32
+            } else {
+                1u64 << 40
+            };
             if stride as u64 >= limit / ELEMENT {
-                return Err(Error::value(argument, format_args!("below {} elements", limit / ELEMENT), stride));
+                return Err(Error::value(
+                    argument,
+                    format_args!("below {} elements", limit / ELEMENT),
+                    stride,
+                ));
             }
         }
     }
-    for (argument, pointer, used) in [("a", params.a, true), ("up", params.up, true), ("gate", params.gate, gated), ("out", params.out, true)] {
+    for (argument, pointer, used) in [
+        ("a", params.a, true),
+        ("up", params.up, true),
+        ("gate", params.gate, gated),
+        ("out", params.out, true),
+    ] {
         if used && (pointer.is_null() || !pointer.is_aligned(ALIGNMENT)) {
-            return Err(Error::value(argument, "an address that is a multiple of 16 for the kernels of Hopper", format_args!("{:#x}", pointer.0)));
+            return Err(Error::value(
+                argument,
+                "an address that is a multiple of 16 for the kernels of Hopper",
+                format_args!("{:#x}", pointer.0),
+            ));
         }
     }
     if gathered && params.slots == 0 {
@@ -175,20 +246,38 @@ fn units(params: &GroupedGemmParams, gated: bool) -> Result<u32> {
     let row_tiles = rows / TILE_ROWS as u64 + u64::from(params.experts).min(rows);
     match row_tiles.checked_mul(column_tiles) {
         Some(units) if units < 1 << 31 => Ok(units as u32),
-        _ => Err(Error::Overflow { what: "tiles of the product" }),
+        _ => Err(Error::Overflow {
+            what: "tiles of the product",
+        }),
     }
 }
 
 /// `[E, N, K]` in boxes of 96 rows by 64 of k, as wgmma reads them.
-fn weights(ptr: DevicePtr, row_stride: i64, expert_stride: i64, dtype: DType, params: &GroupedGemmParams) -> TensorMap {
+fn weights(
+    ptr: DevicePtr,
+    row_stride: i64,
+    expert_stride: i64,
+    dtype: DType,
+    params: &GroupedGemmParams,
+) -> TensorMap {
     let row = row_stride as u64 * ELEMENT;
     // The stride of a single expert means nothing, but the driver wants a good one.
-    let expert = if params.experts > 1 { expert_stride as u64 * ELEMENT } else { row };
+    let expert = if params.experts > 1 {
+        expert_stride as u64 * ELEMENT
+    } else {
+        row
+    };
     TensorMap {
         address: ptr,
         dtype,
         rank: 3,
-        dims: [params.k.into(), params.n.into(), params.experts.into(), 0, 0],
+        dims: [
+            params.k.into(),
+            params.n.into(),
+            params.experts.into(),
+            0,
+            0,
+        ],
         strides: [row, expert, 0, 0],
         boxes: [TILE_K as u32, BOX_ROWS as u32, 1, 0, 0],
         swizzle: Swizzle::Bytes128,
