@@ -155,7 +155,8 @@ T& nth(std::vector<std::unique_ptr<T>>& pool, size_t index) {
 void start_fiber(Fiber& fiber, Cluster& cluster, Block& block, Warp& warp, uint32_t linear, const LaunchShape& shape) {
     if (!fiber.context.stack) {
         fiber.context.stack = map_stack();
-        fiber.context.stack_bytes = kStackBytes;
+        // Tops at different offsets in their pages: at the same one, all stacks would compete for the same cache lines.
+        fiber.context.stack_bytes = kStackBytes - linear * 7 % 64 * 256;
     }
 #if EMU_ASAN
     // Frames that never returned: all of an abandoned thread, the entry function's of one that has ended.
