@@ -11,7 +11,7 @@
 // after it has issued step n + LAG, when n has landed long ago, and waits for nothing. cp.async.mbarrier.arrive would save the
 // lag, but arrives before any fence could run.
 //
-// Issue slots of a step: 8 passes of about 6 instructions a warp, one warp on each of the SM's four schedulers: some 60 of the
+// Issue slots of a step: 8 passes of some 20 instructions a warp, one warp on each of the SM's four schedulers: about 160 of the
 // 768 cycles in which the tensor cores work on a stage.
 #pragma once
 
