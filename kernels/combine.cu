@@ -308,7 +308,7 @@ MOE_DEVICE void combine_norm(const CombineParams& p) {
         for (uint64_t tile = 0; tile < p.hidden; tile += THREADS * C) {
             const uint64_t column = tile + threadIdx.x * C;
             if (column < p.hidden) {
-                routed<Any, C, 4, true>(p, t, column, a);
+                routed<Any, C, C == 1 ? 2 : 4, true>(p, t, column, a);
                 add_shared<C>(p, t, column, a);
 #pragma unroll
                 for (int c = 0; c < C; ++c) row[threadIdx.x * C + c] = a[c];
@@ -329,7 +329,7 @@ MOE_DEVICE void combine_norm(const CombineParams& p) {
         for (uint64_t tile = 0; tile < p.hidden; tile += THREADS * C) {
             const uint64_t column = tile + threadIdx.x * C;
             if (column >= p.hidden) continue;
-            routed<Any, C, 4, true>(p, t, column, a);
+            routed<Any, C, C == 1 ? 2 : 4, true>(p, t, column, a);
             add_shared<C>(p, t, column, a);
             float weight[C];
             load_as<F32, C>(reinterpret_cast<const unsigned char*>(p.norm), column, weight);

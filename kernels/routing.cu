@@ -38,8 +38,9 @@ using namespace routing;
     const uint64_t t = static_cast<uint64_t>(blockIdx.x) * (blockDim.x / 32) + warp;                        \
     if (t >= p.tokens) return
 
-#define PLAIN(J)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128)                                                       \
+// At least so many blocks an SM: without a bound ptxas aims at more and spills.
+#define PLAIN(J, BLOCKS)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(128, BLOCKS)                                               \
         moe_routing_plain_##J(const __grid_constant__ RoutingParams p) {                                    \
         WARP_TOKEN;                                                                                         \
         (void)warp;                                                                                         \
@@ -47,11 +48,11 @@ using namespace routing;
     }                                                                                                       \
     MOE_KERNEL(moe_routing_plain_##J)
 
-PLAIN(1)
-PLAIN(2)
-PLAIN(4)
-PLAIN(8)
-PLAIN(16)
+PLAIN(1, 8)
+PLAIN(2, 8)
+PLAIN(4, 8)
+PLAIN(8, 8)
+PLAIN(16, 6)
 
 #define GENERAL(J)                                                                                          \
     using Room##J = Room<J, 1>;                                                                             \

@@ -61,6 +61,7 @@ MEANT = {
         ("moe_permute_(one|place)", [r"MATCH\.ANY", r"LDS\.128"]),
         ("moe_permute_rows_16", [r"LDG\.E\.[\w.]*128", r"STG\.E\.128"]),
     ],
+    "combine": [("moe_combine_(f32|f16|bf16)_.*", [r"LDG\.E\.[\w.]*128", r"STG\.E\.(128|64)"])],
     "grouped_gemm_sm80": [(r"moe_grouped_gemm_sm80_\w*f16\w*", [r"HMMA\.16816", r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", r"LDSM\.16\.M(T)?88\.4"])],
     "grouped_gemm_sm90": [(r"moe_grouped_gemm_sm90_\w+", ["HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"])],
 }

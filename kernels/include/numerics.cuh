@@ -4,12 +4,13 @@
 //   * every product, sum, quotient and root is one explicit IEEE-rounded intrinsic (`__fmul_rn`, `__fmaf_rn`, …), so that the compiler
 //     contracts nothing and reorders nothing; nothing here depends on compiler flags but -ftz=false, the default;
 //   * `max` and `min` are comparisons that return their second argument for NaN; never fmaxf, which passes over NaN;
-//   * no MUFU approximation: ex2, lg2, rcp, rsqrt and tanh.approx are used nowhere;
+//   * no approximate instruction (ex2, lg2, tanh): reciprocals and roots are approximated only inside the correctly rounded division and square root;
 //   * sums over experts or features run in 32 lanes, element i in lane i mod 32, ascending, then a butterfly: what one warp does.
 // NaN stays NaN; sign and payload of a NaN may differ from the CPU's, as they do between two CPUs. Error bounds: see math.rs.
 //
 // The instruction counts in the comments are SASS instructions on sm_90 (a correctly rounded division is about 10 and a call that is hardly ever
-// taken). `tests/cuda_routing.rs` compares every function with the CPU's, bit by bit.
+// taken). `tests/cuda_routing.rs` compares exp, sigmoid, √softplus, tanh, the normal numbers and the widening of every 16-bit number with the CPU, bit by bit;
+// the rest is compared where it is used, in the epilogue of the exact product and in the combine.
 #pragma once
 
 #include <stdint.h>

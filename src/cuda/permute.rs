@@ -245,6 +245,10 @@ pub fn plan_permute_by(
         PermutePath::ThreeLaunches => chunk_len(pairs, local.len(), device),
     };
     let chunks = pairs.div_ceil(chunk);
+    let [totals, partial] = match workspace {
+        0 => [DevicePtr::NULL; 2],
+        _ => [0, local.len() as u64 * 4].map(|bytes| pointers.workspace.add(bytes)),
+    };
     // All of these are below 2³¹: rows and pairs by `max_rows`; so is the block, unless it pads nothing.
     let params = PermuteParams {
         ids: pointers.ids,
@@ -252,8 +256,8 @@ pub fn plan_permute_by(
         offsets: pointers.offsets,
         pair_of_row: pointers.pair_of_row,
         row_of_pair: pointers.row_of_pair,
-        totals: pointers.workspace,
-        partial: pointers.workspace.add(local.len() as u64 * 4),
+        totals,
+        partial,
         pairs: pairs as u32,
         experts: num_experts as u32,
         first: local.start as u32,

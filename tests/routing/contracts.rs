@@ -145,6 +145,28 @@ fn a_row_of_nan_takes_the_first_experts_with_weights_nan() {
 }
 
 /// With NegInf, experts outside the best groups rank below NaN; with Zero they beat a negative value.
+/// −f32::MAX is what many frameworks mask with. It ranks above −∞ and NaN, also where it is the K-th best.
+#[test]
+fn the_lowest_finite_logit_is_a_choice_like_any_other() {
+    for cpu in cpus() {
+        for config in [RouterConfig::gpt_oss(3, 2), RouterConfig::llama4(3, 2)] {
+            let router = Router::new(config).unwrap();
+            let logits = [
+                f32::MIN,
+                1.0,
+                f32::NEG_INFINITY,
+                f32::NAN,
+                f32::MIN,
+                f32::MIN,
+            ];
+            let input = RouteInput::new(MatRef::new(&logits, 2, 3).unwrap());
+            let mut routing = Routing::new();
+            router.route(&cpu, &input, &mut routing).unwrap();
+            assert_eq!(routing.ids(), [1, 0, 1, 2], "{}", cpu.isa());
+        }
+    }
+}
+
 #[test]
 fn masked_experts_rank_as_documented() {
     let route = |config: RouterConfig, bias: &[f32], logits: &[f32]| {

@@ -5,6 +5,7 @@ use moe_kernels::routing::*;
 use moe_kernels::{Cpu, MatRef};
 
 /// A router to test, and what it routes.
+#[derive(Debug)]
 pub struct Setup {
     pub name: &'static str,
     pub config: RouterConfig,

@@ -89,8 +89,9 @@ MOE_DEVICE float row_sum(const RoutingParams& p, Team<WARPS>& team, R& room, con
 
 /// e / sum, correctly rounded, given r = 1 / sum correctly rounded: five instructions instead of ten and a branch.
 ///
-/// q₁ is within one ulp (r errs by half an ulp, e·r by 1.5, and one Newton step leaves half an ulp and 2⁻²²), and from there q₁ + (e − q₁·sum)·r rounds
-/// correctly (Markstein 1990), as long as nothing is subnormal: for 2⁻⁹³ ≤ e ≤ 1 ≤ sum ≤ 2¹² nothing is, and e = 0 gives 0.
+/// q₁ is within one ulp (r errs by half an ulp, e·r by up to 1.5, and one Newton step leaves half an ulp and 2⁻²²), and from there q₁ + (e − q₁·sum)·r
+/// rounds correctly (Markstein 1990), as long as nothing underflows: for 2⁻⁹³ ≤ e ≤ 1 ≤ sum ≤ 2¹² the remainders are multiples of 2⁻¹³⁹, and e = 0 gives 0.
+/// (Without the first step no wrong quotient was found among 10⁹, but the theorem does not reach as far.)
 MOE_DEVICE float quotient(float e, float sum, float r) {
     const float q0 = __fmul_rn(e, r);
     const float q1 = __fmaf_rn(__fmaf_rn(-q0, sum, e), r, q0);

@@ -50,6 +50,7 @@ MOE_DEVICE void route_plain(const RoutingParams& p, uint64_t t, uint32_t lane) {
         } else {
             w[0] = p.score == Softmax ? soft.score(x) : elementwise(p.score, x);
         }
+        w[0] = mine ? w[0] : 0.0f;
     }
     store(p, t, lane, chosen, w);
 }

@@ -11,7 +11,7 @@
 use super::sort::sort_values;
 use super::tile::load_tile;
 use super::{MARGIN, MAX_CANDIDATES, Plan, REACH, ROW, Ranked, Room, Row, SLOTS};
-use crate::cpu::routing::select::key;
+use crate::cpu::routing::select::{key, key1};
 use crate::cpu::simd::math::REDUCTION_LANES;
 use crate::cpu::simd::{MAX_LANES, Simd};
 
@@ -47,10 +47,11 @@ pub(super) fn bounds<S: Simd>(s: S, k: usize, plan: &Plan<'_>, tile: usize, room
     s.store_slice(&mut room.below[tile..], below(s, bound));
 }
 
-/// A number below `x`, two steps away at most. (The step from +0 to −0 would be none.)
+/// A number below `x`, two steps away at most. (The step from +0 to −0 would be none; two from −MAX would lead beyond −∞, to NaN.)
 #[inline(always)]
 fn below<S: Simd>(s: S, x: S::F) -> S::F {
-    let k = s.sub_i(key(s, x), s.splat_i(2));
+    let lowest = s.splat_i(key1(f32::NEG_INFINITY));
+    let k = s.max_i(s.sub_i(key(s, x), s.splat_i(2)), lowest);
     s.from_bits(s.xor_i(k, s.shr::<1>(s.sar::<31>(k))))
 }
 
