@@ -167,7 +167,12 @@ fn widen<T: Element>(src: &[T], out: &mut [f32]) {
 }
 
 /// Elements that a matrix spans from its first to one past its last.
-fn extent(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> Result<usize> {
+pub(crate) fn extent(
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+) -> Result<usize> {
     if rows == 0 || cols == 0 {
         return Ok(0);
     }
