@@ -9,7 +9,7 @@
  *   checked: that memory is there for as many bytes as the caller says, and that a handle was not destroyed.
  * - Memory that a call writes must not overlap any other memory of the call, gaps between rows included. Memory that it reads may. All of it is borrowed until the call
  *   returns; weights are copied when they are pushed.
- * - Structs begin with struct_size; set it to sizeof. Zero the rest: `moe_forward f = { sizeof f };`. New fields come at the end and mean nothing when zero.
+ * - Structs begin with struct_size; set it to sizeof. Zero the rest: `moe_forward f = {.struct_size = sizeof f};`. New fields come at the end and mean nothing when zero.
  *   moe_matrix and moe_matrix_mut have none: they stay as they are.
  * - Handles may be used from any thread. As const, by several calls at a time; a call that would change a handle in use gets MOE_ERROR_BUSY.
  * - Sizes and strides count elements, but for names that end in bytes. T tokens, H hidden, I intermediate, E experts, K experts of a token, R logits of a token.
@@ -440,7 +440,7 @@ typedef struct {
   size_t input_scale_len;
 } moe_groups;
 
-// What happens between an expert's two products: act(gate) * up if gated, else act(up). SwiGLU is { sizeof, MOE_ACT_SILU, 1 }.
+// What happens between an expert's two products: act(gate) * up if gated, else act(up). SwiGLU: MOE_ACT_SILU, gated.
 typedef struct {
   // sizeof(moe_activation)
   size_t struct_size;
@@ -895,8 +895,8 @@ moe_status moe_layer_workspace_size(const moe_cpu *cpu, const moe_layer *layer, 
 
 // The layer: y [T, H] from x [T, H]. routing receives ids, weights and the permutation. Once the routing has been as large, nothing is allocated.
 //
-// The bits depend on neither instruction set, threads, nor the other tokens (routers that look at several tokens aside). y may not overlap x: for a layer in place, give x
-// as the residual too and swap buffers.
+// The bits depend on neither instruction set, threads, nor the other tokens (routers that look at several tokens aside). y may not overlap x: a residual stream is given as residual,
+// and y is another buffer.
 //
 // Errors: those of pointers, MOE_ERROR_SHAPE, MOE_ERROR_VALUE, MOE_ERROR_BUFFER_TOO_SMALL, MOE_ERROR_PACKED_FOR; y is untouched then.
 moe_status moe_layer_forward(const moe_cpu *cpu,

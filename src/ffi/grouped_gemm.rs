@@ -37,7 +37,7 @@ pub const MOE_CLAMP_GPT_OSS: u32 = 3;
 /// cap(g) * sigmoid(g) * cap(u), cap(z) = c * tanh(z / c) with c = limit for g and alpha for u; a cap of 0 leaves its side alone.
 pub const MOE_CLAMP_SOFTCAP: u32 = 4;
 
-/// What happens between an expert's two products: act(gate) * up if gated, else act(up). SwiGLU is { sizeof, MOE_ACT_SILU, 1 }.
+/// What happens between an expert's two products: act(gate) * up if gated, else act(up). SwiGLU: MOE_ACT_SILU, gated.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Zeroable)]
 pub struct moe_activation {

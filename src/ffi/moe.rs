@@ -452,8 +452,8 @@ unsafe impl Versioned for moe_forward {}
 
 /// The layer: y [T, H] from x [T, H]. routing receives ids, weights and the permutation. Once the routing has been as large, nothing is allocated.
 ///
-/// The bits depend on neither instruction set, threads, nor the other tokens (routers that look at several tokens aside). y may not overlap x: for a layer in place, give x
-/// as the residual too and swap buffers.
+/// The bits depend on neither instruction set, threads, nor the other tokens (routers that look at several tokens aside). y may not overlap x: a residual stream is given as residual,
+/// and y is another buffer.
 ///
 /// Errors: those of pointers, MOE_ERROR_SHAPE, MOE_ERROR_VALUE, MOE_ERROR_BUFFER_TOO_SMALL, MOE_ERROR_PACKED_FOR; y is untouched then.
 ///
