@@ -56,7 +56,16 @@ impl Bytes<'_> {
     pub fn f32(&mut self) -> f32 {
         match self.u8() {
             0..=199 => f32::from(self.u8() as i8) / 16.0,
-            200..=229 => self.pick(&[0.0, -0.0, 1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 1e-45]),
+            200..=229 => self.pick(&[
+                0.0,
+                -0.0,
+                1.0,
+                f32::NAN,
+                f32::INFINITY,
+                f32::NEG_INFINITY,
+                f32::MAX,
+                1e-45,
+            ]),
             _ => f32::from_bits(self.u32()),
         }
     }

@@ -28,17 +28,19 @@ struct Cpus([usize; 3]);
 fn cpus() -> [*const moe_cpu; 3] {
     static CPUS: OnceLock<Cpus> = OnceLock::new();
     let made = CPUS.get_or_init(|| {
-        Cpus([(1, null()), (2, null()), (0, c"scalar".as_ptr())].map(|(threads, isa)| {
-            let options = moe_cpu_options {
-                struct_size: size_of::<moe_cpu_options>(),
-                threads,
-                isa,
-            };
-            let mut cpu = null_mut();
-            // SAFETY: valid options and a place for the handle.
-            assert_eq!(unsafe { moe_cpu_create(&options, &mut cpu) }, MOE_OK);
-            cpu as usize
-        }))
+        Cpus(
+            [(1, null()), (2, null()), (0, c"scalar".as_ptr())].map(|(threads, isa)| {
+                let options = moe_cpu_options {
+                    struct_size: size_of::<moe_cpu_options>(),
+                    threads,
+                    isa,
+                };
+                let mut cpu = null_mut();
+                // SAFETY: valid options and a place for the handle.
+                assert_eq!(unsafe { moe_cpu_create(&options, &mut cpu) }, MOE_OK);
+                cpu as usize
+            }),
+        )
     });
     made.0.map(|address| address as *const moe_cpu)
 }
@@ -86,7 +88,10 @@ fn router_config(d: &mut Bytes<'_>, experts: usize) -> moe_router_config {
     };
     let k = d.size(1 + d.0.len() % experts.min(4));
     // SAFETY: a struct of this size.
-    assert_eq!(unsafe { moe_router_config_init(&mut config, experts, k) }, MOE_OK);
+    assert_eq!(
+        unsafe { moe_router_config_init(&mut config, experts, k) },
+        MOE_OK
+    );
     if d.rarely(2) {
         return config;
     }
@@ -195,7 +200,8 @@ impl World {
             false => (null_mut(), 0),
         };
         // SAFETY: handles are null or living, memory is as long as it is told.
-        let status = unsafe { moe_matrices_push(self.cpu, self.matrices, gate, up, null(), bias, len) };
+        let status =
+            unsafe { moe_matrices_push(self.cpu, self.matrices, gate, up, null(), bias, len) };
         m.check(status, "matrices_push");
     }
 
@@ -299,7 +305,9 @@ impl World {
         unsafe { moe_layer_workspace_size(self.cpu, self.layer, t, &mut needed) };
         let route_only = d.rarely(5);
         let with_ids = d.rarely(6);
-        let ids: Vec<i32> = (0..t * self.slots).map(|p| (p % self.experts) as i32).collect();
+        let ids: Vec<i32> = (0..t * self.slots)
+            .map(|p| (p % self.experts) as i32)
+            .collect();
         let mut call = moe_forward {
             struct_size: struct_size::<moe_forward>(d),
             x: m.matrix(d, t, h, 0),
@@ -324,7 +332,9 @@ impl World {
             call.y = m.output(d, t, h);
         }
         // Of any content, and written even by calls that are refused: not among the memories that are compared.
-        let size = needed.min(1 << 24).saturating_sub(usize::from(d.rarely(32)));
+        let size = needed
+            .min(1 << 24)
+            .saturating_sub(usize::from(d.rarely(32)));
         let mut workspace = vec![0xcc; size];
         call.workspace = workspace.as_mut_ptr();
         call.workspace_bytes = size;
@@ -340,7 +350,14 @@ impl World {
         let (x, logits) = (m.matrix(d, t, h, 0), m.output(d, t, self.logits.min(64)));
         // SAFETY: as above.
         let status = unsafe {
-            moe_layer_logits(self.cpu, self.layer, x, logits, workspace.as_mut_ptr(), workspace.len())
+            moe_layer_logits(
+                self.cpu,
+                self.layer,
+                x,
+                logits,
+                workspace.as_mut_ptr(),
+                workspace.len(),
+            )
         };
         m.check(status, "logits");
     }
@@ -348,7 +365,9 @@ impl World {
     fn route(&mut self, d: &mut Bytes<'_>) {
         let mut m = Memories::default();
         let (t, r) = (self.tokens, self.logits.min(64));
-        let ids: Vec<i32> = (0..t * self.slots).map(|_| d.below(self.experts + 1) as i32 - 1).collect();
+        let ids: Vec<i32> = (0..t * self.slots)
+            .map(|_| d.below(self.experts + 1) as i32 - 1)
+            .collect();
         let mut input = moe_route_input {
             struct_size: struct_size::<moe_route_input>(d),
             logits: m.matrix(d, t, r, 0),
@@ -411,10 +430,15 @@ impl World {
             num_local: d.size(0),
             num_null: d.pick(&[0, 0, 1, usize::MAX]),
         };
-        let options = if d.rarely(3) { null() } else { &raw const options };
+        let options = if d.rarely(3) {
+            null()
+        } else {
+            &raw const options
+        };
         let experts = d.size(self.experts);
         // SAFETY: as above.
-        let status = unsafe { moe_permutation_sort(self.cpu, self.permutation, ids, n, experts, options) };
+        let status =
+            unsafe { moe_permutation_sort(self.cpu, self.permutation, ids, n, experts, options) };
         m.check(status, "sort");
     }
 
@@ -424,7 +448,10 @@ impl World {
             ..bytemuck::Zeroable::zeroed()
         };
         // SAFETY: a living handle and a struct of this size.
-        assert_eq!(unsafe { moe_permutation_get(self.permutation, &mut view) }, MOE_OK);
+        assert_eq!(
+            unsafe { moe_permutation_get(self.permutation, &mut view) },
+            MOE_OK
+        );
         view
     }
 
@@ -502,12 +529,28 @@ impl World {
         let (groups, rows) = self.groups(d, &mut m);
         let act = activation(d, 1);
         let act = if d.rarely(2) { null() } else { &raw const act };
-        let from = if groups.pair_of_row.is_null() { rows } else { self.tokens };
-        let (x, out) = (m.matrix(d, from, self.hidden, 0), m.output(d, rows, self.intermediate));
+        let from = if groups.pair_of_row.is_null() {
+            rows
+        } else {
+            self.tokens
+        };
+        let (x, out) = (
+            m.matrix(d, from, self.hidden, 0),
+            m.output(d, rows, self.intermediate),
+        );
         // SAFETY: as above; no destructors run in the scratch.
         let status = unsafe {
             let mut scratch = vec![0u8; moe_scratch_bytes(self.cpu) - usize::from(d.rarely(64))];
-            moe_grouped_gemm(self.cpu, self.matrices, x, &groups, act, out, scratch.as_mut_ptr(), scratch.len())
+            moe_grouped_gemm(
+                self.cpu,
+                self.matrices,
+                x,
+                &groups,
+                act,
+                out,
+                scratch.as_mut_ptr(),
+                scratch.len(),
+            )
         };
         // Which rows are padding is seen in the library's own tests.
         m.check(status, "gemm");
@@ -516,13 +559,29 @@ impl World {
     fn experts_forward(&mut self, d: &mut Bytes<'_>) {
         let mut m = Memories::default();
         let (groups, rows) = self.groups(d, &mut m);
-        let from = if groups.pair_of_row.is_null() { rows } else { self.tokens };
+        let from = if groups.pair_of_row.is_null() {
+            rows
+        } else {
+            self.tokens
+        };
         let x = m.matrix(d, from, self.hidden, 0);
-        let (h, ys) = (m.output(d, rows, self.intermediate), m.output(d, rows, self.hidden));
+        let (h, ys) = (
+            m.output(d, rows, self.intermediate),
+            m.output(d, rows, self.hidden),
+        );
         // SAFETY: as above.
         let status = unsafe {
             let mut scratch = vec![0u8; moe_scratch_bytes(self.cpu)];
-            moe_experts_forward(self.cpu, self.packed, x, &groups, h, ys, scratch.as_mut_ptr(), scratch.len())
+            moe_experts_forward(
+                self.cpu,
+                self.packed,
+                x,
+                &groups,
+                h,
+                ys,
+                scratch.as_mut_ptr(),
+                scratch.len(),
+            )
         };
         m.check(status, "experts_forward");
     }
@@ -538,7 +597,9 @@ impl World {
                 v => u32::from(v) % (rows.clamp(1, 200) as u32),
             })
             .collect();
-        let ids: Vec<i32> = (0..pairs).map(|_| d.below(self.experts + 2) as i32 - 1).collect();
+        let ids: Vec<i32> = (0..pairs)
+            .map(|_| d.below(self.experts + 2) as i32 - 1)
+            .collect();
         let norm = self.norm(d, &mut m);
         let ys = m.matrix(d, rows, h, 0);
         let (row_of_pair, row_of_pair_len) = m.filled(d, &places);
@@ -558,17 +619,26 @@ impl World {
             ..bytemuck::Zeroable::zeroed()
         };
         if d.rarely(2) {
-            (args.weights, args.weights_len) = { let (p, n) = m.slice::<f32>(d, pairs, false); (p, n) };
+            (args.weights, args.weights_len) = {
+                let (p, n) = m.slice::<f32>(d, pairs, false);
+                (p, n)
+            };
         }
         if d.rarely(3) {
             (args.ids, args.ids_len) = m.filled(d, &ids);
             args.x = m.matrix(d, t, h, 0);
         }
         if args.shared_kind == MOE_SHARED_SIGMOID_GATE {
-            (args.shared_gate, args.shared_gate_len) = { let (p, n) = m.slice::<f32>(d, t, false); (p, n) };
+            (args.shared_gate, args.shared_gate_len) = {
+                let (p, n) = m.slice::<f32>(d, t, false);
+                (p, n)
+            };
         }
         if d.rarely(4) {
-            (args.bias, args.bias_len) = { let (p, n) = m.slice::<f32>(d, h, false); (p, n) };
+            (args.bias, args.bias_len) = {
+                let (p, n) = m.slice::<f32>(d, h, false);
+                (p, n)
+            };
         }
         // SAFETY: as above.
         let status = unsafe { moe_combine(self.cpu, &args) };
@@ -593,7 +663,9 @@ impl World {
         // SAFETY: as above.
         let status = unsafe {
             match which {
-                0 => moe_load_balancing_loss(self.cpu, logits, k, mask, mask_len, grad, grad_len, value),
+                0 => moe_load_balancing_loss(
+                    self.cpu, logits, k, mask, mask_len, grad, grad_len, value,
+                ),
                 1 => moe_switch_load_balancing_loss(self.cpu, logits, k, grad, grad_len, value),
                 2 => moe_router_z_loss(self.cpu, logits, grad, grad_len, value),
                 _ => moe_update_bias(bias, load, len.min(load_len), d.f32()),
@@ -628,7 +700,8 @@ impl World {
     fn read(&mut self, d: &mut Bytes<'_>) {
         let mut m = Memories::default();
         let (t, pairs, e) = (self.tokens, self.tokens * self.slots, self.experts);
-        let ((ids, ids_len), (weights, weights_len)) = (m.slice(d, pairs, true), m.slice(d, pairs, true));
+        let ((ids, ids_len), (weights, weights_len)) =
+            (m.slice(d, pairs, true), m.slice(d, pairs, true));
         let (shared_weights, shared_weights_len) = m.slice(d, t, true);
         let buffers = moe_routing_buffers {
             struct_size: struct_size::<moe_routing_buffers>(d),
@@ -649,7 +722,8 @@ impl World {
         };
         m.check(status, "routing_read");
         let mut m = Memories::default();
-        let ((offsets, offsets_len), (counts, counts_len)) = (m.slice(d, e + 1, true), m.slice(d, e, true));
+        let ((offsets, offsets_len), (counts, counts_len)) =
+            (m.slice(d, e + 1, true), m.slice(d, e, true));
         let (pair_of_row, pair_of_row_len) = m.slice(d, pairs, true);
         let (row_of_pair, row_of_pair_len) = m.slice(d, pairs, true);
         let buffers = moe_permutation_buffers {
@@ -682,7 +756,8 @@ impl World {
         let status = unsafe {
             match d.below(4) {
                 0 | 1 => {
-                    let status = moe_layer_set_shared(self.cpu, self.layer, &mut self.packed, join, gate);
+                    let status =
+                        moe_layer_set_shared(self.cpu, self.layer, &mut self.packed, join, gate);
                     assert_eq!(status == MOE_OK, self.packed.is_null() && status == MOE_OK);
                     status
                 }
@@ -697,7 +772,14 @@ impl World {
                     let mut made = null_mut();
                     let format = d.constant(4);
                     let status = moe_layer_create_latent(
-                        self.cpu, self.router, &mut self.packed, w_in, w_out, format, null(), &mut made,
+                        self.cpu,
+                        self.router,
+                        &mut self.packed,
+                        w_in,
+                        w_out,
+                        format,
+                        null(),
+                        &mut made,
                     );
                     if status == MOE_OK {
                         moe_layer_destroy(self.layer);

@@ -116,14 +116,23 @@ impl Memories {
         {
             let bytes = size_of_val(&values[..n.min(values.len())]);
             // SAFETY: `slice` has just made n elements there, and `values` has as many.
-            unsafe { last.data().copy_from_nonoverlapping(values.as_ptr().cast(), bytes) };
+            unsafe {
+                last.data()
+                    .copy_from_nonoverlapping(values.as_ptr().cast(), bytes)
+            };
             last.before = last.now().to_vec();
         }
         (data, n)
     }
 
     /// A matrix to read, of about these sizes; null sometimes, and where it may be, often.
-    pub fn matrix(&mut self, d: &mut Bytes<'_>, rows: usize, cols: usize, optional: u8) -> *const moe_matrix {
+    pub fn matrix(
+        &mut self,
+        d: &mut Bytes<'_>,
+        rows: usize,
+        cols: usize,
+        optional: u8,
+    ) -> *const moe_matrix {
         if optional > 0 && !d.rarely(optional) || d.rarely(64) {
             return std::ptr::null();
         }
@@ -150,16 +159,29 @@ impl Memories {
         &raw const **self.written.last().expect("just pushed")
     }
 
-    fn describe(&mut self, d: &mut Bytes<'_>, rows: usize, cols: usize, output: bool) -> moe_matrix {
+    fn describe(
+        &mut self,
+        d: &mut Bytes<'_>,
+        rows: usize,
+        cols: usize,
+        output: bool,
+    ) -> moe_matrix {
         let (rows, cols) = (d.size(rows), d.size(cols));
         let dtype = d.constant(3).wrapping_add(1);
         let size = SIZES[dtype.min(3) as usize];
         let (row_stride, col_stride) = strides(d, rows, cols, output);
         // What it takes, as far as it can be said and made.
         let extent = (|| {
-            let last_row = rows.checked_sub(1)?.checked_mul(usize::try_from(row_stride).ok()?)?;
-            let last_col = cols.checked_sub(1)?.checked_mul(usize::try_from(col_stride).ok()?)?;
-            let bytes = last_row.checked_add(last_col)?.checked_add(1)?.checked_mul(size)?;
+            let last_row = rows
+                .checked_sub(1)?
+                .checked_mul(usize::try_from(row_stride).ok()?)?;
+            let last_col = cols
+                .checked_sub(1)?
+                .checked_mul(usize::try_from(col_stride).ok()?)?;
+            let bytes = last_row
+                .checked_add(last_col)?
+                .checked_add(1)?
+                .checked_mul(size)?;
             (bytes <= 1 << 18).then_some(bytes)
         })();
         let (data, bytes) = match self.reuse(d, output) {
@@ -187,7 +209,10 @@ impl Memories {
         assert_ne!(status, MOE_ERROR_INTERNAL, "{what}");
         for memory in &self.list {
             if !memory.output || status != MOE_OK {
-                assert!(memory.now() == memory.before, "{what}: status {status}, but memory was written");
+                assert!(
+                    memory.now() == memory.before,
+                    "{what}: status {status}, but memory was written"
+                );
             }
         }
         if status != MOE_OK {
@@ -200,7 +225,11 @@ impl Memories {
 
     /// Between rows nothing was written.
     fn check_gaps(&self, m: &moe_matrix_mut, what: &str) {
-        let Some(memory) = self.list.iter().find(|memory| memory.data().cast() == m.data) else {
+        let Some(memory) = self
+            .list
+            .iter()
+            .find(|memory| memory.data().cast() == m.data)
+        else {
             return; // no elements
         };
         let size = SIZES[m.dtype.min(3) as usize];
@@ -210,7 +239,10 @@ impl Memories {
                 0 => i < m.cols * size,
                 _ => i / stride < m.rows && i % stride < m.cols * size,
             } || (m.rows == 1 && i < m.cols * size);
-            assert!(inside || m.rows == 0 || *byte == memory.before[memory.skip + i], "{what}: byte {i} beside the matrix was written");
+            assert!(
+                inside || m.rows == 0 || *byte == memory.before[memory.skip + i],
+                "{what}: byte {i} beside the matrix was written"
+            );
         }
     }
 }
@@ -228,7 +260,10 @@ fn strides(d: &mut Bytes<'_>, rows: usize, cols: usize, output: bool) -> (isize,
         235..=239 => (-cols_signed, 1),
         240..=244 => (cols_signed, -1),
         245..=249 => (d.below(9) as isize, d.below(9) as isize),
-        250.. => (d.pick(&[isize::MAX, isize::MIN, 1 << 61, 1 << 40, -1]), d.pick(&[1, isize::MAX, isize::MIN])),
+        250.. => (
+            d.pick(&[isize::MAX, isize::MIN, 1 << 61, 1 << 40, -1]),
+            d.pick(&[1, isize::MAX, isize::MIN]),
+        ),
         _ => (cols_signed, 1),
     }
 }
