@@ -52,8 +52,8 @@ impl<'a, T: Element> MatRef<'a, T> {
                 found: data.len(),
             });
         }
-        // Without elements there is nothing to stride over, and no bound to keep the product of index and stride small.
-        let stride = |stride| if needed == 0 { 0 } else { stride };
+        // The stride of a single row or column leads nowhere and may be anything: it is kept so small that no product with it overflows.
+        let stride = |stride: usize| stride.min(needed);
         Ok(Self {
             data,
             rows,
@@ -236,7 +236,7 @@ impl<'a, T: Element> MatMut<'a, T> {
             data,
             rows,
             cols,
-            row_stride: if needed == 0 { 0 } else { row_stride },
+            row_stride: row_stride.min(needed), // as in `MatRef`: that of a single row may be anything
         })
     }
 
