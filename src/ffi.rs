@@ -18,6 +18,7 @@
 //! The CPU's files follow the stems. A GPU's entry points (raw device pointers and a stream) belong in `ffi/cuda.rs`, beside them, with handles of their own.
 #![allow(unsafe_code)] // the room where memory that C describes becomes slices; see memory.rs and handle.rs
 #![allow(non_camel_case_types)] // the names are those of the header
+#![allow(rustdoc::broken_intra_doc_links)] // [T] is a shape: the comments are those of the header
 
 // In the header's order.
 mod status;

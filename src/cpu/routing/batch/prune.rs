@@ -47,10 +47,13 @@ pub(super) fn bounds<S: Simd>(s: S, k: usize, plan: &Plan<'_>, tile: usize, room
     s.store_slice(&mut room.below[tile..], below(s, bound));
 }
 
-/// A number below `x`, two steps away at most. (The step from +0 to −0 would be none.)
+/// A number below `x`, two steps away at most. (The step from +0 to −0 would be none.) Below the least finite number, by which masks are often made, it is −∞ and not
+/// one step further, which would be a NaN.
 #[inline(always)]
 fn below<S: Simd>(s: S, x: S::F) -> S::F {
+    let least = key(s, s.splat(f32::NEG_INFINITY));
     let k = s.sub_i(key(s, x), s.splat_i(2));
+    let k = s.select_i(s.gt_i(k, least), k, least);
     s.from_bits(s.xor_i(k, s.shr::<1>(s.sar::<31>(k))))
 }
 
