@@ -486,6 +486,7 @@ impl<T: AnyBitPattern> InSlice<T> {
 
 impl<T: AnyBitPattern> OutSlice<T> {
     /// The array. As [`OutMatrix::view`].
+    #[allow(clippy::mut_from_ref)] // `_apart` only lends its lifetime; `self` is used up
     pub(super) fn get(self, _apart: &Apart) -> &mut [T] {
         if self.len == 0 {
             return &mut [];
