@@ -124,7 +124,8 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 /// One line; whether C costs little enough.
 fn compare(name: &str, turns: usize, rust: &mut dyn FnMut(), c: &mut dyn FnMut()) -> bool {
-    (turn(rust), turn(c)); // first touches
+    turn(rust); // first touches
+    turn(c);
     let pairs: Vec<(f64, f64)> = (0..turns).map(|_| (turn(rust), turn(c))).collect();
     let difference = median(pairs.iter().map(|(rust, c)| c - rust).collect());
     let (rust, c): (Vec<f64>, Vec<f64>) = pairs.into_iter().unzip();

@@ -299,7 +299,7 @@ enum Wrong {
     StructSize,
     NewerStruct,
     NullRouting,
-    WrongHandle,
+    OtherHandle,
     StrayLogits,
     GivenIds,
 }
@@ -324,7 +324,7 @@ const WRONG: [(Wrong, moe_status); 22] = [
     (Wrong::StructSize, MOE_ERROR_STRUCT_SIZE),
     (Wrong::NewerStruct, MOE_ERROR_STRUCT_SIZE),
     (Wrong::NullRouting, MOE_ERROR_NULL),
-    (Wrong::WrongHandle, MOE_ERROR_HANDLE),
+    (Wrong::OtherHandle, MOE_ERROR_HANDLE),
     (Wrong::StrayLogits, MOE_ERROR_SHAPE),
     (Wrong::GivenIds, MOE_ERROR_VALUE),
 ];
@@ -389,7 +389,7 @@ fn what_is_wrong_is_refused_and_nothing_is_written() {
             Wrong::StructSize => call.struct_size -= 8,
             Wrong::NewerStruct => call.struct_size = size_of::<Newer>(),
             Wrong::NullRouting => routing = null_mut(),
-            Wrong::WrongHandle => routing = pair.router.cast(),
+            Wrong::OtherHandle => routing = pair.router.cast(),
             Wrong::StrayLogits => call.logits = &logits,
             Wrong::GivenIds => (call.given_ids, call.given_ids_len) = (ids.as_ptr(), ids.len()),
         }

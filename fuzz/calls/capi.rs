@@ -88,10 +88,8 @@ fn router_config(d: &mut Bytes<'_>, experts: usize) -> moe_router_config {
     };
     let k = d.size(1 + d.0.len() % experts.min(4));
     // SAFETY: a struct of this size.
-    assert_eq!(
-        unsafe { moe_router_config_init(&mut config, experts, k) },
-        MOE_OK
-    );
+    let status = unsafe { moe_router_config_init(&mut config, experts, k) };
+    assert_eq!(status, MOE_OK);
     if d.rarely(2) {
         return config;
     }
@@ -448,10 +446,8 @@ impl World {
             ..bytemuck::Zeroable::zeroed()
         };
         // SAFETY: a living handle and a struct of this size.
-        assert_eq!(
-            unsafe { moe_permutation_get(self.permutation, &mut view) },
-            MOE_OK
-        );
+        let status = unsafe { moe_permutation_get(self.permutation, &mut view) };
+        assert_eq!(status, MOE_OK);
         view
     }
 

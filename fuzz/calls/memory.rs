@@ -71,7 +71,10 @@ impl Drop for Memory {
 #[derive(Default)]
 pub struct Memories {
     list: Vec<Memory>,
+    // Boxed, since calls hold their addresses while more are added.
+    #[allow(clippy::vec_box)]
     read: Vec<Box<moe_matrix>>,
+    #[allow(clippy::vec_box)]
     written: Vec<Box<moe_matrix_mut>>,
 }
 
