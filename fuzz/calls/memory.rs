@@ -236,14 +236,18 @@ impl Memories {
             return; // no elements
         };
         let size = SIZES[m.dtype.min(3) as usize];
-        let stride = m.row_stride.unsigned_abs() * size;
+        // A single row's stride, and the columns of no rows, may be anything.
+        let stride = m.row_stride.unsigned_abs().saturating_mul(size);
+        let width = m.cols.saturating_mul(size);
         for (i, byte) in memory.now()[memory.skip..].iter().enumerate() {
-            let inside = match stride {
-                0 => i < m.cols * size,
-                _ => i / stride < m.rows && i % stride < m.cols * size,
-            } || (m.rows == 1 && i < m.cols * size);
+            let inside = match m.rows {
+                0 => false,
+                1 => i < width,
+                rows => i / stride.max(1) < rows && i % stride.max(1) < width,
+            };
+            let before = memory.before[memory.skip + i];
             assert!(
-                inside || m.rows == 0 || *byte == memory.before[memory.skip + i],
+                inside || *byte == before,
                 "{what}: byte {i} beside the matrix was written"
             );
         }
