@@ -8,6 +8,7 @@ Computes a Qwen3-shaped layer of strided, transposed and half-precision arrays, 
 Exits with 0 when every check holds. Nothing but NumPy is needed.
 """
 import ctypes as c
+import os
 import sys
 
 import numpy as np
@@ -182,6 +183,16 @@ def main(path):
         print(f"{what}: {moe.lib.moe_last_error().decode()}")
         assert found == status, (what, found)
     assert (wide == before).all(), "a refused call writes nothing"
+
+    # A handle of one thread starts none, and gives the same bits.
+    threads = lambda: len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
+    before, count = y.copy(), threads()
+    cpu_of_one = moe.make("moe_cpu_create", None)
+    moe("moe_routing_reserve", cpu_of_one, routing, router, Z(tokens))
+    call = Forward(x=c.pointer(view(x)), y=c.pointer(output(y)), workspace=workspace.ctypes.data, workspace_bytes=workspace.nbytes)
+    moe("moe_layer_forward", cpu_of_one, layer, routing, c.byref(call))
+    assert (y == before).all() and threads() == count, (threads(), count)
+    moe("moe_cpu_destroy", cpu_of_one)
 
     for name, handle in [("routing", routing), ("layer", layer), ("router", router), ("cpu", cpu)]:
         moe(f"moe_{name}_destroy", handle)

@@ -171,7 +171,7 @@ pub unsafe extern "C" fn moe_routing_reserve(
         let router = unsafe { shared(router) }?;
         probe_routing(&cpu, router.config(), max_tokens, 1)?;
         let router = &*router;
-        *routing = cpu.run(|_| Routing::with_capacity(max_tokens, router))?;
+        *routing = cpu.run(|cpu| Routing::with_capacity_on(cpu, max_tokens, router))?;
         Ok(())
     })
 }
