@@ -90,6 +90,7 @@
 //!
 //! * `parallel` (default): threads by rayon. Without it every call runs on the calling thread; so it does on wasm32.
 //! * `proptest`: strategies to fuzz other kernels against [`mod@reference`].
+//! * `capi`: the C functions of `include/moe_kernels.h`.
 
 pub mod combine;
 pub mod cpu;
@@ -98,6 +99,8 @@ pub mod cuda;
 pub mod element;
 pub mod error;
 pub mod experts;
+#[cfg(feature = "capi")]
+pub mod ffi;
 pub mod grouped_gemm;
 pub mod losses;
 pub mod matrix;
