@@ -269,8 +269,8 @@ fn logits_and_routing_from_elsewhere() {
             "ids: expected 7 rows",
         ),
         (
-            ids.narrow(1, 0, 1).unwrap(),
-            weights.narrow(1, 0, 1).unwrap(),
+            ids.narrow(1, 0, 1).unwrap().contiguous().unwrap(),
+            weights.narrow(1, 0, 1).unwrap().contiguous().unwrap(),
             "ids: expected [.., 2]",
         ),
         (

@@ -10,7 +10,7 @@ use moe_kernels_candle::{Cpu, MoeLayer, models};
 use serde_json::{Value, json};
 
 /// See the module's documentation.
-const EPS: f64 = 1048576.0;
+const EPS: f64 = 262144.0;
 
 /// Candle's model. Where its cache of keys cannot be emptied, a fresh clone runs.
 pub enum Theirs {
@@ -52,9 +52,14 @@ pub fn qwen2_config(sizes: Sizes) -> Result<qwen2_moe::Config> {
 }
 
 fn mixtral_config(sizes: Sizes) -> Result<mixtral::Config> {
-    // Heads of at least 2 features; a head of all of them would make attention as wide as can be, so take many.
+    // Attention over one position costs its projections, whose width is H whatever the heads; fewer keys make half of them narrow.
+    let heads = if sizes.hidden % 64 == 0 {
+        sizes.hidden / 64
+    } else {
+        1
+    };
     let more = json!({
-        "num_attention_heads": sizes.hidden / 64.min(sizes.hidden), "num_local_experts": sizes.experts,
+        "num_attention_heads": heads, "num_local_experts": sizes.experts,
         "intermediate_size": sizes.intermediate, "use_flash_attn": false,
     });
     parse(config(sizes, more))
@@ -164,8 +169,8 @@ impl Around {
         };
         Ok(Self {
             embedding: source.tensor("model.embed_tokens.weight")?,
-            before: norm(65536.0)?,
-            after: norm(1024.0)?,
+            before: norm(32768.0)?,
+            after: norm(512.0)?,
             features: sizes.hidden.min(sizes.vocab),
         })
     }
