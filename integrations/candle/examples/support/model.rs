@@ -53,7 +53,7 @@ pub fn qwen2_config(sizes: Sizes) -> Result<qwen2_moe::Config> {
 
 fn mixtral_config(sizes: Sizes) -> Result<mixtral::Config> {
     // Attention over one position costs its projections, whose width is H whatever the heads; fewer keys make half of them narrow.
-    let heads = if sizes.hidden % 64 == 0 {
+    let heads = if sizes.hidden.is_multiple_of(64) {
         sizes.hidden / 64
     } else {
         1
