@@ -8,13 +8,16 @@
 //! format, so that in bf16 two experts of nearly the same score may change places. And K experts are summed in f32 and rounded once.
 
 use candle_core::{Result, bail};
-use candle_transformers::fused_moe::MoeCfg;
-use candle_transformers::models::{qwen2_moe, qwen3_moe};
+#[cfg(feature = "transformers")]
+use candle_transformers::{
+    fused_moe::MoeCfg,
+    models::{qwen2_moe, qwen3_moe},
+};
 use moe_kernels::grouped_gemm::{Activation, ActivationFunction};
 use moe_kernels::routing::{Renorm, RouterConfig};
 
-/// Softmax, the K best, divided by their sum where `norm_topk_prob` says so.
-fn softmax(num_experts: usize, top_k: usize, norm_topk_prob: bool) -> RouterConfig {
+/// Softmax, the K best, divided by their sum where `norm_topk_prob` says so: the router of Qwen2-MoE and Qwen3-MoE by its numbers.
+pub fn softmax(num_experts: usize, top_k: usize, norm_topk_prob: bool) -> RouterConfig {
     let mut config = RouterConfig::new(num_experts, top_k);
     if norm_topk_prob {
         config.renorm = Renorm::Sum;
@@ -23,6 +26,7 @@ fn softmax(num_experts: usize, top_k: usize, norm_topk_prob: bool) -> RouterConf
 }
 
 /// The router of Qwen3-MoE.
+#[cfg(feature = "transformers")]
 pub fn qwen3_moe(config: &qwen3_moe::Config) -> RouterConfig {
     softmax(
         config.num_experts,
@@ -32,6 +36,7 @@ pub fn qwen3_moe(config: &qwen3_moe::Config) -> RouterConfig {
 }
 
 /// The router of Qwen2-MoE (and Qwen1.5-MoE).
+#[cfg(feature = "transformers")]
 pub fn qwen2_moe(config: &qwen2_moe::Config) -> RouterConfig {
     softmax(
         config.num_experts,
@@ -41,6 +46,7 @@ pub fn qwen2_moe(config: &qwen2_moe::Config) -> RouterConfig {
 }
 
 /// The router of `FusedMoe` and `FusedMoeGGUF`.
+#[cfg(feature = "transformers")]
 pub fn fused_moe(config: &MoeCfg) -> RouterConfig {
     softmax(
         config.num_experts,

@@ -2,8 +2,7 @@
 //!
 //! ```
 //! use candle_core::{DType, Device, Module, Tensor};
-//! use moe_kernels::routing::RouterConfig;
-//! use moe_kernels_candle::{Activation, Cpu, MoeLayer, experts};
+//! use moe_kernels_candle::{Activation, Cpu, MoeLayer, RouterConfig, experts};
 //!
 //! let (e, k, h, i, device) = (4, 2, 16, 8, Device::Cpu);
 //! let gate_up = Tensor::randn(0f32, 0.1, (e, 2 * i, h), &device)?.to_dtype(DType::BF16)?;
@@ -42,6 +41,8 @@ mod view;
 mod workspaces;
 
 pub use layer::MoeLayer;
+pub use moe_kernels;
 pub use moe_kernels::Cpu;
 pub use moe_kernels::grouped_gemm::Activation;
+pub use moe_kernels::routing::RouterConfig;
 pub use workspaces::Workspaces;

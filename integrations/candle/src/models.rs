@@ -9,21 +9,26 @@ use crate::layer::{MoeLayer, gate};
 use crate::view::{refused, with_matrix};
 use candle_core::Result;
 use candle_nn::VarBuilder;
-use candle_transformers::fused_moe::MoeCfg;
-use candle_transformers::models::{qwen2_moe, qwen3_moe};
+#[cfg(feature = "transformers")]
+use candle_transformers::{
+    fused_moe::MoeCfg,
+    models::{qwen2_moe, qwen3_moe},
+};
 use moe_kernels::Cpu;
 use moe_kernels::experts::PackedExperts;
 use moe_kernels::grouped_gemm::Activation;
 use moe_kernels::moe::{self, SharedCombine, SharedExperts};
 use moe_kernels::routing::{Router, RouterConfig};
 
-/// The projections of an expert, as most models name them.
-const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
-/// As Mixtral names them.
-const MIXTRAL: [&str; 3] = ["w1", "w3", "w2"];
+/// What an expert's gate, up and down projections are called.
+pub type Names = [&'static str; 3];
+/// In most models.
+pub const PROJECTIONS: Names = ["gate_proj", "up_proj", "down_proj"];
+/// In Mixtral.
+pub const MIXTRAL: Names = ["w1", "w3", "w2"];
 
 /// The tensors of one expert.
-fn expert(vb: &VarBuilder, [gate, up, down]: [&str; 3]) -> Result<Expert> {
+fn expert(vb: &VarBuilder, [gate, up, down]: Names) -> Result<Expert> {
     let weight = |name: &str| vb.pp(name).get_unchecked("weight");
     Ok(Expert {
         gate: weight(gate)?,
@@ -33,11 +38,11 @@ fn expert(vb: &VarBuilder, [gate, up, down]: [&str; 3]) -> Result<Expert> {
 }
 
 /// The experts `experts.0`, `experts.1`, …
-fn routed(
+fn experts(
     cpu: &Cpu,
     vb: &VarBuilder,
     num_experts: usize,
-    names: [&str; 3],
+    names: Names,
     activation: Activation,
 ) -> Result<PackedExperts> {
     let vb = vb.pp("experts");
@@ -48,17 +53,20 @@ fn routed(
     )
 }
 
-/// A layer without shared experts.
-fn plain(
+/// Any layer of `gate` and `experts.N` without shared experts: what the functions below come to, for models that are not among them.
+///
+/// # Errors
+/// A tensor that is missing, or of another shape than the rest; an activation that the kernels do not have.
+pub fn routed(
     cpu: Cpu,
-    vb: &VarBuilder,
     router: RouterConfig,
-    names: [&str; 3],
+    names: Names,
     act: candle_nn::Activation,
+    vb: VarBuilder,
 ) -> Result<MoeLayer> {
-    let experts = routed(
+    let experts = experts(
         &cpu,
-        vb,
+        &vb,
         router.num_experts,
         names,
         config::activation(act)?,
@@ -71,18 +79,23 @@ fn plain(
     )
 }
 
-/// A layer with one shared expert, added, or behind a sigmoid gate.
-fn with_shared(
+/// As [`routed`], with one shared expert under the name `shared` whose output is added, or multiplied first by `σ(x · w)` with w `[1, H]` under the name `shared_gate`.
+///
+/// # Errors
+/// As [`routed`].
+pub fn with_shared(
     cpu: Cpu,
-    vb: &VarBuilder,
     router: RouterConfig,
-    activation: Activation,
-    shared: &VarBuilder,
-    shared_gate: Option<&VarBuilder>,
+    names: Names,
+    act: candle_nn::Activation,
+    vb: VarBuilder,
+    shared: &str,
+    shared_gate: Option<&str>,
 ) -> Result<MoeLayer> {
-    let experts = routed(&cpu, vb, router.num_experts, PROJECTIONS, activation)?;
-    let shared = one_by_one(&cpu, [expert(shared, PROJECTIONS)], activation)?;
-    let shared = match shared_gate {
+    let activation = config::activation(act)?;
+    let experts = experts(&cpu, &vb, router.num_experts, names, activation)?;
+    let shared = one_by_one(&cpu, [expert(&vb.pp(shared), names)], activation)?;
+    let shared = match shared_gate.map(|name| vb.pp(name)) {
         Some(vb) => with_matrix("shared_expert_gate", &vb.get_unchecked("weight")?, |w| {
             SharedExperts::with_sigmoid_gate(&cpu, shared, w).map_err(refused)
         })?,
@@ -99,30 +112,32 @@ fn with_shared(
 /// In place of qwen3_moe's `Qwen3SparseMoeBlock`: `gate`, `experts.N.{gate,up,down}_proj`.
 ///
 /// # Errors
-/// A tensor that is missing, or of another shape than the rest; an activation that the kernels do not have.
+/// As [`routed`].
+#[cfg(feature = "transformers")]
 pub fn qwen3_moe(cpu: Cpu, config: &qwen3_moe::Config, vb: VarBuilder) -> Result<MoeLayer> {
-    plain(
+    routed(
         cpu,
-        &vb,
         config::qwen3_moe(config),
         PROJECTIONS,
         config.hidden_act,
+        vb,
     )
 }
 
-/// In place of `fused_moe::FusedMoe`, whose experts run on CUDA only: the same names as [`qwen3_moe`].
+/// In place of `fused_moe::FusedMoe`, whose experts run on CUDA only: the same names as [`qwen3_moe`](fn@qwen3_moe).
 ///
 /// # Errors
-/// As [`qwen3_moe`].
+/// As [`routed`].
+#[cfg(feature = "transformers")]
 pub fn fused_moe(cpu: Cpu, config: &MoeCfg, vb: VarBuilder) -> Result<MoeLayer> {
-    plain(cpu, &vb, config::fused_moe(config), PROJECTIONS, config.act)
+    routed(cpu, config::fused_moe(config), PROJECTIONS, config.act, vb)
 }
 
 /// In place of mixtral's `SparseMoeBlock`: `gate`, `experts.N.{w1,w2,w3}`. The numbers are `num_local_experts` and `num_experts_per_tok` of
 /// `config.json`, which candle's `mixtral::Config` keeps to itself.
 ///
 /// # Errors
-/// As [`qwen3_moe`].
+/// As [`routed`].
 pub fn mixtral(
     cpu: Cpu,
     num_local_experts: usize,
@@ -131,31 +146,45 @@ pub fn mixtral(
     vb: VarBuilder,
 ) -> Result<MoeLayer> {
     let router = RouterConfig::mixtral(num_local_experts, num_experts_per_tok);
-    plain(cpu, &vb, router, MIXTRAL, hidden_act)
+    routed(cpu, router, MIXTRAL, hidden_act, vb)
 }
 
 /// In place of qwen2_moe's `SparseMoeBlock`: as [`qwen3_moe`](fn@qwen3_moe), with `shared_expert.{gate,up,down}_proj` and `shared_expert_gate`.
 ///
 /// # Errors
-/// As [`qwen3_moe`](fn@qwen3_moe).
+/// As [`routed`].
+#[cfg(feature = "transformers")]
 pub fn qwen2_moe(cpu: Cpu, config: &qwen2_moe::Config, vb: VarBuilder) -> Result<MoeLayer> {
-    let (router, activation) = (
-        config::qwen2_moe(config),
-        config::activation(config.hidden_act)?,
-    );
-    let (shared, gate) = (vb.pp("shared_expert"), vb.pp("shared_expert_gate"));
-    with_shared(cpu, &vb, router, activation, &shared, Some(&gate))
+    let router = config::qwen2_moe(config);
+    let (shared, gate) = ("shared_expert", Some("shared_expert_gate"));
+    with_shared(
+        cpu,
+        router,
+        PROJECTIONS,
+        config.hidden_act,
+        vb,
+        shared,
+        gate,
+    )
 }
 
 /// In place of deepseek2's `Moe`: as [`qwen3_moe`](fn@qwen3_moe), with `shared_experts.{gate,up,down}_proj` where there are shared experts.
 ///
 /// # Errors
-/// As [`qwen3_moe`](fn@qwen3_moe).
+/// As [`routed`].
 pub fn deepseek2(cpu: Cpu, config: &DeepSeekV2, vb: VarBuilder) -> Result<MoeLayer> {
     let router = config::deepseek2(config);
     if config.n_shared_experts == 0 {
-        return plain(cpu, &vb, router, PROJECTIONS, config.hidden_act);
+        return routed(cpu, router, PROJECTIONS, config.hidden_act, vb);
     }
-    let activation = config::activation(config.hidden_act)?;
-    with_shared(cpu, &vb, router, activation, &vb.pp("shared_experts"), None)
+    let shared = "shared_experts";
+    with_shared(
+        cpu,
+        router,
+        PROJECTIONS,
+        config.hidden_act,
+        vb,
+        shared,
+        None,
+    )
 }
