@@ -4,7 +4,8 @@
     scripts/build_ptx.py --install            the pinned compiler from PyPI (277 MB), into target/cuda-toolchain
     scripts/build_ptx.py build [STEM...]      rewrites kernels/ptx and kernels/MANIFEST, of all kernels or of some
     scripts/build_ptx.py check [STEM...]      builds in a temporary folder, in another place, and compares
-    scripts/build_ptx.py build --out DIR      text only, no check and no MANIFEST: what build.rs calls with feature build-ptx
+    scripts/build_ptx.py self-test            whether the checks below can fail
+    scripts/build_ptx.py build --out DIR      texts only, of which those are compiled whose sources have changed: for build.rs, feature build-ptx
 
 MOE_CUDA_TOOLCHAIN names another folder with the same wheels. A file *_sm90.cu becomes PTX for sm_90a, every other one for sm_80.
 
@@ -52,6 +53,9 @@ TARGETS = {"sm_80": ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"], "s
 # Ascending. 7.0 is CUDA 11.0 (driver 450), 8.0 CUDA 12.0 (driver 525); the lowest that assembles for all targets is taken.
 PTX_VERSIONS = ["7.0", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "7.7", "7.8", "8.0", "8.1", "8.2", "8.3", "8.4", "8.5", "8.6", "8.7", "8.8", "9.0"]
 
+# Sixteen bytes from global to shared memory, past the registers and the L1.
+ASYNC_COPY = r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128"
+
 # Stem: (kernels, a regular expression; instructions of which each of them must have each, for every target). The evidence that a kernel
 # was compiled into what its comments say.
 MEANT = {
@@ -62,8 +66,16 @@ MEANT = {
         ("moe_permute_rows_16", [r"LDG\.E\.[\w.]*128", r"STG\.E\.128"]),
     ],
     "combine": [("moe_combine_(f32|f16|bf16)_.*", [r"LDG\.E\.[\w.]*128", r"STG\.E\.(128|64)"])],
-    "grouped_gemm_sm80": [(r"moe_grouped_gemm_sm80_\w*f16\w*", [r"HMMA\.16816", r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128", r"LDSM\.16\.M(T)?88\.4"])],
-    "grouped_gemm_sm90": [(r"moe_grouped_gemm_sm90_\w+", ["HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"])],
+    "grouped_gemm_f32": [
+        ("moe_grouped_gemm_f32_exact_m.*", ["FFMA", r"LDS\.128"]),
+        ("moe_grouped_gemm_f32_tf32_m(128|32)", [r"HMMA\.1688\.F32\.TF32", ASYNC_COPY]),
+    ],
+    "grouped_gemm_sm80": [
+        ("moe_grouped_gemm_sm80_.*", [r"HMMA\.16816\.F32", r"LDSM\.16\.M"]),
+        (r"moe_grouped_gemm_sm80_b?f16_m\d+", [ASYNC_COPY]),
+    ],
+    "grouped_gemm_decode": [(r"moe_grouped_gemm_decode_(b?f16|f32)", [r"LDG\.E\.[\w.]*128"])],
+    "grouped_gemm_sm90": [("moe_grouped_gemm_sm90_.*", ["HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"])],
 }
 
 
@@ -209,26 +221,17 @@ def open_rounding(stem: str, text: str) -> list[str]:
     return [f"{stem}: {line.strip()}" for line in text.splitlines() if re.search(r"\b(add|sub|mul)(\.ftz)?\.f(32|64)\b", line)]
 
 
-def build_one(path: pathlib.Path, kernels: pathlib.Path, folder: pathlib.Path) -> tuple[str, str]:
-    """PTX and its section of MANIFEST."""
-    stem, target = path.stem, target_of(path.stem)
-    text = lowest_version(compile_text(path, kernels, folder), target, folder, stem)
+def section_of(path: pathlib.Path, kernels: pathlib.Path, text: str, lines: list[str]) -> str:
+    """What MANIFEST says about a text."""
     version = re.search(r"^\.version (\S+)$", text, re.M).group(1)
-    lines, wrong = [], open_rounding(stem, text)
-    for gpu in TARGETS[target]:
-        more, errors = assemble(stem, text, gpu, folder)
-        lines += more
-        wrong += errors
-    if wrong:
-        raise Failed("\n".join(wrong))
-    lines.sort(key=lambda line: line.split()[0])  # Stable: GPUs stay in order.
     head = [
-        f"ptx/{target}/{stem}.ptx",
+        f"ptx/{target_of(path.stem)}/{path.stem}.ptx",
         f"  source sha256 {source_hash(path, kernels)}",
         f"  text sha256 {hashlib.sha256(text.encode()).hexdigest()}",
         f"  {nvcc_version()}, .version {version}",
     ]
-    return text, "\n".join(head + lines) + "\n"
+    lines = sorted(lines, key=lambda line: line.split()[0])  # Stable: GPUs stay in order.
+    return "\n".join(head + lines) + "\n"
 
 
 MANIFEST_HEAD = """\
@@ -256,17 +259,34 @@ def chosen(stems: list[str], kernels: pathlib.Path) -> list[pathlib.Path]:
     return [p for p in paths if not stems or p.stem in stems]
 
 
+def build_text(path: pathlib.Path, kernels: pathlib.Path, folder: pathlib.Path) -> str:
+    """A text as it is committed."""
+    return lowest_version(compile_text(path, kernels, folder), target_of(path.stem), folder, path.stem)
+
+
 def build_all(paths: list[pathlib.Path], kernels: pathlib.Path, folder: pathlib.Path) -> dict[str, tuple[str, str]]:
-    """For each file under ptx/: its text and its section."""
+    """For each file under ptx/: its text and its section. Raises what is wrong with all of them together."""
     nvcc_version()  # One clear error instead of one for each file.
     results, wrong = {}, []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {path: pool.submit(build_one, path, kernels, folder) for path in paths}
-        for path, job in jobs.items():
-            try:
-                results[f"ptx/{target_of(path.stem)}/{path.stem}.ptx"] = job.result()
-            except Failed as failed:
-                wrong.append(str(failed))
+
+        def all_of(jobs: dict) -> dict:
+            done = {}
+            for key, job in jobs.items():
+                try:
+                    done[key] = job.result()
+                except Failed as failed:
+                    wrong.append(str(failed))
+            return done
+
+        texts = all_of({path: pool.submit(build_text, path, kernels, folder) for path in paths})
+        gpus = [(path, gpu) for path in texts for gpu in TARGETS[target_of(path.stem)]]
+        reports = all_of({key: pool.submit(assemble, key[0].stem, texts[key[0]], key[1], folder) for key in gpus})
+    for path, text in texts.items():
+        mine = [report for key, report in reports.items() if key[0] == path]
+        wrong += open_rounding(path.stem, text) + [error for _, errors in mine for error in errors]
+        lines = [line for more, _ in mine for line in more]
+        results[f"ptx/{target_of(path.stem)}/{path.stem}.ptx"] = text, section_of(path, kernels, text, lines)
     if wrong:
         raise Failed("\n".join(wrong))
     return results
@@ -287,11 +307,17 @@ def build(stems: list[str], folder: pathlib.Path) -> None:
 
 
 def build_text_only(stems: list[str], out: pathlib.Path, folder: pathlib.Path) -> None:
+    """Compiles what has changed since its text was committed; the other texts are copied and need no compiler: `check` holds them to their sources."""
+    sections = read_manifest()
     for path in chosen(stems, KERNELS):
-        target = target_of(path.stem)
-        text = lowest_version(compile_text(path, KERNELS, folder), target, folder, path.stem)
-        (out / target).mkdir(parents=True, exist_ok=True)
-        (out / target / f"{path.stem}.ptx").write_text(text)
+        key = f"ptx/{target_of(path.stem)}/{path.stem}.ptx"
+        text = (KERNELS / key).read_text() if (KERNELS / key).exists() else ""
+        known = [source_hash(path, KERNELS), hashlib.sha256(text.encode()).hexdigest()]
+        if not all(f"sha256 {sha}\n" in sections.get(key, "") for sha in known):
+            text = build_text(path, KERNELS, folder)
+        target = out / target_of(path.stem) / f"{path.stem}.ptx"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
 
 
 def check(stems: list[str], folder: pathlib.Path) -> None:
@@ -320,10 +346,41 @@ def check(stems: list[str], folder: pathlib.Path) -> None:
     print(f"{len(results)} texts are what their sources give")
 
 
+# Each is wrong in one way, and must be refused with these words.
+WRONG = {
+    "spilled": """extern "C" __global__ void moe_wrong(int* p) {
+    int v[64];
+    for (int i = 0; i < 64; ++i) v[i] = i;
+    for (int i = 0; i < 64; ++i) v[p[i] & 63] += i;
+    p[0] = v[p[64] & 63];
+}""",
+    r"mul\.f32": """extern "C" __global__ void moe_wrong(float* p) { float v; asm("mul.f32 %0, %1, %1;" : "=f"(v) : "f"(p[1])); p[0] = v; }""",
+    r"MEANT: no kernel of combine": """extern "C" __global__ void moe_wrong(float* p) { p[0] = 1; }""",
+    r"no LDG": """extern "C" __global__ void moe_combine_f32_f32(float* p) { p[0] = p[1]; }""",
+    "error: ": """extern "C" __global__ void moe_wrong(float* p) { p[0] = nowhere; }""",
+}
+
+
+def self_test(folder: pathlib.Path) -> None:
+    """Whether the checks can fail."""
+    (folder / "include").mkdir()
+    for words, source in WRONG.items():
+        path = folder / "combine.cu"
+        path.write_text(source)
+        try:
+            build_all([path], folder, folder)
+        except Failed as failed:
+            if re.search(words, str(failed)):
+                print(f"refused, as it should be: {words}")
+                continue
+            raise Failed(f"refused for another reason than {words}: {failed}") from None
+        raise Failed(f"not refused: {words}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--install", action="store_true")
-    parser.add_argument("command", choices=["build", "check"], nargs="?")
+    parser.add_argument("command", choices=["build", "check", "self-test"], nargs="?")
     parser.add_argument("stems", nargs="*", metavar="STEM")
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
@@ -337,6 +394,8 @@ def main() -> None:
                 build_text_only(arguments.stems, arguments.out, pathlib.Path(folder))
             elif arguments.command == "build":
                 build(arguments.stems, pathlib.Path(folder))
+            elif arguments.command == "self-test":
+                self_test(pathlib.Path(folder))
             elif arguments.command == "check":
                 check(arguments.stems, pathlib.Path(folder))
     except Failed as failed:

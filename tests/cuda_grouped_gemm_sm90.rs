@@ -123,39 +123,6 @@ fn bits_of(dtype: DType, v: &[f32]) -> Vec<u16> {
         .collect()
 }
 
-fn activation_params(activation: Option<Activation>) -> ActivationParams {
-    let mut p = ActivationParams {
-        kind: 0,
-        gated: 0,
-        gate_max: f32::INFINITY,
-        result_max: f32::INFINITY,
-        up_limit: f32::INFINITY,
-        alpha: 0.0,
-        gate_cap: 0.0,
-        up_cap: 0.0,
-    };
-    let Some(a) = activation else { return p };
-    p.gated = a.gated.into();
-    p.kind = match a.function {
-        ActivationFunction::Silu => 1,
-        ActivationFunction::Gelu => 2,
-        ActivationFunction::GeluTanh => 3,
-        ActivationFunction::Relu => 4,
-        ActivationFunction::Relu2 => 5,
-        _ => 0,
-    };
-    match a.clamp {
-        Clamp::Pre { limit } => (p.gate_max, p.up_limit) = (limit, limit),
-        Clamp::Post { limit } => (p.result_max, p.up_limit) = (limit, limit),
-        Clamp::GptOss { limit, alpha } => {
-            (p.kind, p.gate_max, p.up_limit, p.alpha) = (6, limit, limit, alpha);
-        }
-        Clamp::Softcap { gate, up } => (p.kind, p.gate_cap, p.up_cap) = (7, gate, up),
-        _ => {}
-    }
-    p
-}
-
 /// A case's numbers, rounded to its format.
 struct Data {
     a: Vec<f32>,
@@ -292,7 +259,7 @@ fn upload(gpu: &Gpu, case: &Case, data: &Data) -> (Device, GroupedGemmParams) {
         out_dtype: case.out as u32,
         a_rows: (data.a.len() / k) as u32,
         reserved: 0,
-        activation: activation_params(case.activation),
+        activation: ActivationParams::new(case.activation),
     };
     (
         Device {
@@ -357,7 +324,7 @@ fn dot(a: &[f32], w: &[f32]) -> (f64, f64) {
 /// Fails unless every value is within the rounding errors of f32 sums, the activation's and the output's.
 fn check(case: &Case, data: &Data, found: &[f32]) {
     let (n, k) = (case.n, case.k);
-    let spec = case.activation.map(|a| MlpSpec::from(a));
+    let spec = case.activation.map(MlpSpec::from);
     // One rounding for each product of 16 and each addition in it at most, and the tensor cores may cut instead of rounding: twice the unit.
     let unit = reference::gamma(k + 2, 2f64.powi(-23));
     let ulp = match case.out {
@@ -762,7 +729,7 @@ fn some_params() -> GroupedGemmParams {
         a_dtype: DType::BF16 as u32,
         w_dtype: DType::BF16 as u32,
         out_dtype: DType::F32 as u32,
-        activation: activation_params(Some(Activation::SWIGLU)),
+        activation: ActivationParams::new(Some(Activation::SWIGLU)),
         ..bytemuck::Zeroable::zeroed()
     }
 }
@@ -810,7 +777,7 @@ fn a_plan_says_what_it_does_not_take() {
     // A plain product does not look at the gate; one expert needs no expert stride; a gathered row is addressed by 32 bits.
     let plain = GroupedGemmParams {
         gate: DevicePtr::NULL,
-        activation: activation_params(None),
+        activation: ActivationParams::new(None),
         experts: 1,
         up_expert_stride: 3,
         ..good

@@ -52,22 +52,32 @@ const std::string& source_lines(const void* address) {
 
 }  // namespace
 
-std::string describe_place(const Fiber& fiber) {
+// Return addresses of a parked thread, innermost first. Reads frames as raw memory.
+__attribute__((no_sanitize("address", "alignment"))) static int walk(const Fiber& fiber, const void** addresses, int limit) {
+    int count = 0;
 #if defined(__x86_64__)
     // What switch_context saved: r15 r14 r13 r12 rbx rbp, the return address; then the chain of frame pointers.
-    void* const* saved = static_cast<void* const*>(fiber.context.stack_pointer);
-    void* const* frame = static_cast<void* const*>(saved[5]);
+    void* const* frame = static_cast<void* const*>(static_cast<void* const*>(fiber.context.stack_pointer)[5]);
     const char *low = fiber.context.stack, *high = low + fiber.context.stack_bytes - 16;
-    for (int depth = 0; depth < 16; ++depth) {
-        const char* place = reinterpret_cast<const char*>(frame);
-        if (place < low || place > high) break;
-        const std::string& lines = source_lines(frame[1]);
-        if (!lines.empty()) return "in " + lines;
+    while (count < limit && reinterpret_cast<const char*>(frame) >= low && reinterpret_cast<const char*>(frame) <= high) {
+        addresses[count++] = frame[1];
+        low = reinterpret_cast<const char*>(frame) + 1;  // frames only go up
         frame = static_cast<void* const*>(frame[0]);
     }
 #else
-    (void)fiber;
+    (void)fiber, (void)addresses, (void)limit;
 #endif
+    return count;
+}
+
+std::string describe_place(const Fiber& fiber) {
+    if (&fiber == self) return "";  // not suspended; the report begins with it
+    const void* addresses[16];
+    const int count = walk(fiber, addresses, 16);
+    for (int i = 0; i < count; ++i) {
+        const std::string& lines = source_lines(addresses[i]);
+        if (!lines.empty()) return "in " + lines;
+    }
     return "";
 }
 

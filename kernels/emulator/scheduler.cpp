@@ -156,10 +156,13 @@ T& nth(std::vector<std::unique_ptr<T>>& pool, size_t index) {
 void start_fiber(Fiber& fiber, Cluster& cluster, Block& block, Warp& warp, uint32_t linear, const LaunchShape& shape) {
     if (!fiber.context.stack) {
         fiber.context.stack = map_stack();
-        fiber.context.stack_bytes = kStackBytes;
+        // Tops at different offsets in their pages: at the same one, all stacks would compete for the same cache lines.
+        fiber.context.stack_bytes = kStackBytes - linear * 7 % 64 * 256;
     }
 #if EMU_ASAN
-    if (!fiber.clean_exit) __asan_unpoison_memory_region(fiber.context.stack, fiber.context.stack_bytes);
+    // Frames that never returned: all of an abandoned thread, the entry function's of one that has ended.
+    const size_t stale = fiber.clean_exit ? 16 * 1024 : fiber.context.stack_bytes;
+    __asan_unpoison_memory_region(fiber.context.stack + fiber.context.stack_bytes - stale, stale);
 #endif
     fiber.thread = {linear % shape.block.x, linear / shape.block.x % shape.block.y, linear / (shape.block.x * shape.block.y)};
     fiber.block = block.index;

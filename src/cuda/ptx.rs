@@ -10,9 +10,16 @@ use crate::error::{Error, Result};
 pub const OLDEST: ComputeCapability = (8, 0);
 
 /// The committed text of a file, or rebuilt by feature `build-ptx`.
+#[cfg(not(feature = "build-ptx"))]
 macro_rules! text {
     ($path:literal) => {
         include_str!(concat!("../../kernels/ptx/", $path, ".ptx"))
+    };
+}
+#[cfg(feature = "build-ptx")]
+macro_rules! text {
+    ($path:literal) => {
+        include_str!(concat!(env!("OUT_DIR"), "/ptx/", $path, ".ptx"))
     };
 }
 

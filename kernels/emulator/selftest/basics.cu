@@ -254,4 +254,14 @@ const Test uninitialised("uninitialised shared memory reads as poison", [] {
     for (uint32_t v : out) expect(v == 0xffffffff, "poison");
 });
 
+const Test bounds("AddressSanitizer sees accesses beyond shared and global memory", [] {
+    for (uint32_t mode = 9; mode < 11; ++mode) {
+        expect(selftest::sanitizer_stops([mode] {
+            uint32_t* data = new uint32_t[32];  // mode 10 writes to the elements 4 to 35
+            const Params p = {data, data, 4, mode};
+            run("selftest_wrong", {1, 64, 64}, &p, 1);
+        }), mode == 9 ? "shared" : "global");
+    }
+});
+
 }  // namespace

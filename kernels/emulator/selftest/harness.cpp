@@ -3,6 +3,8 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "../registry.h"
 #include "../state.h"
@@ -43,6 +45,33 @@ std::string run(const char* name, const Shape& shape, const void* parameters, ui
     for (uint32_t i = 1; i < kernel->argument_count; ++i) arguments[i] = static_cast<char*>(const_cast<void*>(maps)) + 128 * (i - 1);
     const emu::LaunchShape launch = {{shape.blocks, 1, 1}, {shape.threads, 1, 1}, {shape.cluster, 1, 1}, shape.shared_bytes};
     return emu::run_grid(*kernel, launch, arguments, seed);
+}
+
+bool sanitizer_stops(const std::function<void()>& body) {
+#if EMU_ASAN
+    int ends[2];
+    if (pipe(ends) != 0) return false;
+    fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        dup2(ends[1], 2);
+        body();
+        _exit(0);
+    }
+    close(ends[1]);
+    std::string text;
+    char part[4096];
+    for (ssize_t got; (got = read(ends[0], part, sizeof part)) > 0;) text.append(part, static_cast<size_t>(got));
+    close(ends[0]);
+    int status = 0;
+    waitpid(child, &status, 0);
+    const bool reported = text.find("AddressSanitizer") != std::string::npos || text.find("out of bounds") != std::string::npos;
+    return status != 0 && reported;
+#else
+    (void)body;
+    printf("    not run: needs AddressSanitizer (scripts/emulate-cuda.sh --asan --selftest)\n");
+    return true;
+#endif
 }
 
 float value(uint32_t index) {

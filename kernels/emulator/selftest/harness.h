@@ -26,6 +26,9 @@ void expect(bool condition, const char* what, uint64_t seed = 0);
 // The report must contain `text`.
 void expect_report(const std::string& report, const char* text);
 
+// True if `body` ends its process with a report of AddressSanitizer. Without the sanitizer: true, after a note.
+bool sanitizer_stops(const std::function<void()>& body);
+
 constexpr uint64_t kSeeds = 24;  // each test runs under the seeds 0 .. kSeeds - 1
 
 // Deterministic values in [-1, 1) that are exact in bf16.

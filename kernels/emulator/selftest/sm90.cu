@@ -33,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(160) selftest_wgmma(const __grid_co
     MOE_SHARED(uint64_t[2 * kStages], barriers);
     const uint32_t base = ptx::shared_address(bytes), full = ptx::shared_address(barriers), empty = full + 8 * kStages;
     const uint32_t blocks = p.multicast ? 2 : 1;
+    float d[kN / 2];  // here, so that mode 3 does not write to a variable that is gone
     if (threadIdx.x == 0) {
         for (uint32_t s = 0; s < kStages; ++s) {
             ptx::mbarrier_init(full + 8 * s, 1);
@@ -60,7 +61,6 @@ extern "C" __global__ void __launch_bounds__(160) selftest_wgmma(const __grid_co
             }
         }
     } else {
-        float d[kN / 2];
         for (uint32_t i = 0; i < p.steps; ++i) {
             const uint32_t s = i % kStages, a = base + s * kStageBytes, b = a + 64 * 128;
             if (p.mode != 1) ptx::mbarrier_wait(full + 8 * s, i / kStages % 2);
