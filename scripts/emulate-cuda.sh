@@ -76,7 +76,7 @@ for source in kernels/emulator/*.cpp; do
     library+=("$object")
 done
 kernels=()
-for source in kernels/*.cu; do
+for source in kernels/*.cu kernels/probes/*.cu; do
     [[ -e $source ]] || continue
     object=$out/obj/kernel_$(basename "$source" .cu).o
     compile "$source" "$object"

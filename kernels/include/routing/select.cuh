@@ -161,7 +161,7 @@ struct Chosen {
 
 /// The K best, the best first; at least so many are not excluded.
 ///
-/// K rounds of two redux each, 2·16 lanes a cycle and multiprocessor. For E = 128, K = 8: some 14 instructions a round.
+/// K rounds of two redux each (two cycles an SM for each), 18 instructions a round in all.
 template <int J, int WARPS, int CHUNKS, class R>
 MOE_DEVICE void top_k(uint32_t k, Team<WARPS>& team, R& room, const int32_t (&keys)[J], Chosen<CHUNKS>& chosen) {
     Queue<J, Team<WARPS>::SIZE> queue;

@@ -417,3 +417,45 @@ fn reductions_follow_the_contract_on_every_isa() {
         assert!(dispatch(isa, Reductions(&x))[0].is_nan());
     }
 }
+
+/// Pins the bits of every function, so that `tests/cuda_numerics.rs` can hold a GPU to them: FNV-1a over the values of a sample, every NaN as 7fc00000.
+#[test]
+fn bits_are_those_of_the_file() {
+    let mut state = 20u64;
+    let sample: Vec<f32> = (0..3 << 16)
+        .map(|i| {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15); // SplitMix64
+            let mut z = state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            let bits = ((z ^ (z >> 31)) >> 32) as u32;
+            match i % 3 {
+                0 => f32::from_bits(bits),
+                1 => ((bits >> 8) as f32 / 16_777_216.0 - 0.5) * 240.0,
+                _ => (bits >> 8) as f32 / 16_777_216.0,
+            }
+        })
+        .collect();
+    let mut found = String::new();
+    for f in ALL {
+        let mut x = sample.clone();
+        if f == Log1p {
+            x.iter_mut().for_each(|x| *x = x.abs());
+        }
+        dispatch(Isa::best(), Apply(f, &mut x));
+        let hash = x
+            .iter()
+            .map(|x| if x.is_nan() { 0x7fc0_0000 } else { x.to_bits() })
+            .flat_map(u32::to_le_bytes)
+            .fold(0xcbf2_9ce4_8422_2325u64, |h, byte| {
+                (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+            });
+        found += &format!("{f:?} {hash:016x}\n");
+    }
+    let pinned: String = include_str!("bits.txt")
+        .lines()
+        .filter(|l| !l.starts_with('#'))
+        .flat_map(|l| [l, "\n"])
+        .collect();
+    assert_eq!(found, pinned, "found:\n{found}");
+}
