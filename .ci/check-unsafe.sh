@@ -10,7 +10,8 @@ rooms=(
     'src/cpu/grouped_gemm/.*'               # tiles over raw pointers; several threads write one output
     'src/cpu/(shared|out_rows)\.rs'         # the shims through which threads write disjoint parts of one buffer
     'src/cuda/launch\.rs'                   # every call of the CUDA driver
-    'src/cuda/(mod|module)\.rs'             # the entry points of a launch: unsafe functions that pass the caller's promise on
+    'src/cuda/raw\.rs'                      # the entry points of a launch: unsafe functions that pass the caller's promise on
+    'src/cuda/(stages|moe/forward)\.rs'     # launches of plans whose operands were checked just before
     'src/cpu/(permute|combine|losses)\.rs'  # their callers, each with the reason why its parts are disjoint
     'src/ffi(\.rs|/.*)'                     # memory and handles that C describes
 )

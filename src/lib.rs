@@ -89,6 +89,8 @@
 //! # Features
 //!
 //! * `parallel` (default): threads by rayon. Without it every call runs on the calling thread; so it does on wasm32.
+//! * `cuda`: the same on NVIDIA GPUs, in the module `cuda`. Needs a driver to run and nothing to build. Its kernels have not run on a GPU yet; they are tested
+//!   on an emulator.
 //! * `proptest`: strategies to fuzz other kernels against [`mod@reference`].
 //! * `capi`: the C functions of `include/moe_kernels.h`.
 

@@ -1,4 +1,15 @@
-//! The NVIDIA GPU backend.
+//! The NVIDIA GPU backend: kernels that ship as PTX inside the crate. A driver is all that it needs to run; nothing but Rust to build.
+//!
+//! **The kernels have not run on a GPU yet.** They are tested on an emulator that executes their source; `docs/gpu.md` says more.
+//!
+//! Three ways in, from the barest:
+//!
+//! * plain data: [`ptx`] texts and pure `plan_*` functions that give [`Launch`]es ([`plan`], [`routing`], [`permute`], [`grouped_gemm`], [`combine`],
+//!   [`moe::CudaMoeLayer::plan`]); no type of cudarc;
+//! * [`raw`]: unsafe functions on a stream and addresses, in the context that is current;
+//! * [`Cuda`] with [views](memory) of cudarc's slices: [stages] and the whole layer ([`moe`]).
+//!
+//! No call allocates, waits for the device or copies anything back.
 
 pub mod combine;
 pub mod grouped_gemm;

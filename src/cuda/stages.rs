@@ -75,6 +75,7 @@ pub struct PermuteViews<'a> {
 /// Where the routed sum of [`Cuda::combine_into`] comes from.
 #[derive(Debug)]
 #[non_exhaustive]
+#[allow(clippy::large_enum_variant)] // made once for a call, on the stack; a box would allocate
 pub enum RoutedViews<'a> {
     /// The experts' rows and where each pair's row is.
     Pairs {

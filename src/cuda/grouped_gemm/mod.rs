@@ -427,10 +427,8 @@ impl Shape {
 /// Whether A and the weights can be read 16 bytes at a time: rows begin on 16 bytes. (K itself may be anything.)
 fn is_aligned(p: &GroupedGemmParams, element: u64) -> bool {
     let several = i64::from(p.experts > 1);
-    let strides = p.a_row_stride
-        | p.gate_row_stride
-        | p.up_row_stride
-        | (p.gate_expert_stride | p.up_expert_stride) * several;
+    let expert_strides = (p.gate_expert_stride | p.up_expert_stride) * several;
+    let strides = p.a_row_stride | p.gate_row_stride | p.up_row_stride | expert_strides;
     (p.a.0 | p.gate.0 | p.up.0 | (strides as u64).wrapping_mul(element)).is_multiple_of(16)
 }
 
