@@ -119,7 +119,7 @@ struct AnyLoader : grouped::TileLoader<Any, Shape, false> {
     }
 };
 
-MOE_DEVICE float part(const uint4& v, int i) { return __uint_as_float(i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w); }
+MOE_DEVICE float part(const uint4& v, uint32_t i) { return __uint_as_float(i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w); }
 
 // Four values of k, or the first `left` of them.
 template <class Shape, bool All>
@@ -136,7 +136,7 @@ MOE_DEVICE void multiply(uint32_t stage, uint32_t chunk, uint32_t left, float (&
         const uint32_t row = tx + j * Shape::Tx;
         const uint4 w = ptx::load_shared_128(stage + (Shape::Rows + row) * Shape::BlockBytes + grouped::swizzle<Shape>(row, chunk) * 16);
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
+        for (uint32_t q = 0; q < 4; ++q) {
             if (!All && q >= left) continue;
 #pragma unroll
             for (int i = 0; i < Shape::Tm; ++i) acc[i][j] = __fmaf_rn(part(a[i], q), part(w, q), acc[i][j]);
@@ -194,7 +194,7 @@ MOE_DEVICE void exact_product(const GroupedGemmParams& p, unsigned char* shared)
     }
     uint32_t read = 0, write = (Shape::Stages - 1) * Shape::StageBytes;
     for (uint32_t done = 0;; ++done) {
-        Tile tile;
+        Tile tile = {};
         float acc[Shape::Tm][Shape::Tn] = {};
 #pragma unroll 1
         for (uint32_t k_byte = 0; k_byte < k_bytes; k_byte += Shape::BlockBytes) {

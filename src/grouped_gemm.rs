@@ -18,7 +18,7 @@
 
 use crate::cpu::Cpu;
 use crate::cpu::grouped_gemm::{
-    self as kernel, CacheLine, Columns, PanelLayout, RowSource, pack, pack_bias, pack_into,
+    self as kernel, Columns, PanelLayout, RowSource, Storage, pack, pack_bias, pack_into,
 };
 use crate::cpu::isa::Isa;
 use crate::element::DType;
@@ -167,13 +167,9 @@ impl Activation {
 pub struct PackedMatrices {
     isa: Isa,
     layout: PanelLayout,
-    matrices: Vec<PackedMatrix>,
-}
-
-#[derive(Clone)]
-struct PackedMatrix {
-    panels: Box<[CacheLine]>,
-    bias: Option<Box<[f32]>>,
+    panels: Storage,
+    /// One for each matrix.
+    biases: Vec<Option<Box<[f32]>>>,
 }
 
 impl core::fmt::Debug for PackedMatrices {
@@ -181,7 +177,7 @@ impl core::fmt::Debug for PackedMatrices {
         f.debug_struct("PackedMatrices")
             .field("isa", &self.isa)
             .field("layout", &self.layout)
-            .field("len", &self.matrices.len())
+            .field("len", &self.len())
             .finish()
     }
 }
@@ -216,13 +212,14 @@ impl PackedMatrices {
             k,
             gated,
         };
-        layout.matrix_bytes().ok_or(Error::Overflow {
+        let bytes = layout.matrix_bytes().ok_or(Error::Overflow {
             what: "packed matrix bytes",
         })?;
         Ok(Self {
             isa: cpu.isa(),
             layout,
-            matrices: Vec::new(),
+            panels: Storage::new(bytes),
+            biases: Vec::new(),
         })
     }
 
@@ -346,10 +343,10 @@ impl PackedMatrices {
         gate_bias: Option<&[f32]>,
         up_bias: Option<&[f32]>,
     ) -> usize {
-        let panels = pack(cpu, &self.layout, columns);
+        pack(cpu, &self.layout, columns, &mut self.panels);
         let bias = pack_bias(&self.layout, gate_bias, up_bias);
-        self.matrices.push(PackedMatrix { panels, bias });
-        self.matrices.len() - 1
+        self.biases.push(bias);
+        self.biases.len() - 1
     }
 
     fn overwrite(
@@ -360,24 +357,23 @@ impl PackedMatrices {
         gate_bias: Option<&[f32]>,
         up_bias: Option<&[f32]>,
     ) -> Result<()> {
-        let experts = self.matrices.len();
-        let Some(matrix) = self.matrices.get_mut(index) else {
-            let expected = format!("an expert below {experts}");
+        if index >= self.len() {
+            let expected = format!("an expert below {}", self.len());
             return Err(Error::value("index", expected, index));
-        };
-        pack_into(cpu, &self.layout, columns, &mut matrix.panels);
-        matrix.bias = pack_bias(&self.layout, gate_bias, up_bias);
+        }
+        pack_into(cpu, &self.layout, columns, self.panels.get_mut(index));
+        self.biases[index] = pack_bias(&self.layout, gate_bias, up_bias);
         Ok(())
     }
 
     /// Number of matrices (or gated pairs) in the set.
     pub fn len(&self) -> usize {
-        self.matrices.len()
+        self.panels.len()
     }
 
     /// Whether the set is empty.
     pub fn is_empty(&self) -> bool {
-        self.matrices.is_empty()
+        self.len() == 0
     }
 
     /// N: output columns.
@@ -407,7 +403,7 @@ impl PackedMatrices {
 
     /// Bytes of all packed panels.
     pub fn bytes(&self) -> usize {
-        self.matrices.iter().map(|m| size_of_val(&*m.panels)).sum()
+        self.panels.len() * self.panels.matrix_bytes()
     }
 
     pub(crate) fn layout(&self) -> &PanelLayout {
@@ -415,11 +411,11 @@ impl PackedMatrices {
     }
 
     pub(crate) fn panels(&self, expert: usize) -> &[u8] {
-        bytemuck::cast_slice(&self.matrices[expert].panels)
+        bytemuck::cast_slice(self.panels.get(expert))
     }
 
     pub(crate) fn bias(&self, expert: usize) -> Option<&[f32]> {
-        self.matrices[expert].bias.as_deref()
+        self.biases[expert].as_deref()
     }
 
     /// [`Error::PackedFor`] unless these weights were packed for `cpu`'s instruction set.

@@ -92,6 +92,7 @@
 //! * `cuda`: the same on NVIDIA GPUs, in the module `cuda`. Needs a driver to run and nothing to build. Its kernels have not run on a GPU yet; they are tested
 //!   on an emulator.
 //! * `proptest`: strategies to fuzz other kernels against [`mod@reference`].
+//! * `capi`: the C functions of `include/moe_kernels.h`.
 
 pub mod combine;
 pub mod cpu;
@@ -100,6 +101,8 @@ pub mod cuda;
 pub mod element;
 pub mod error;
 pub mod experts;
+#[cfg(feature = "capi")]
+pub mod ffi;
 pub mod grouped_gemm;
 pub mod losses;
 pub mod matrix;

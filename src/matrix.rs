@@ -52,8 +52,8 @@ impl<'a, T: Element> MatRef<'a, T> {
                 found: data.len(),
             });
         }
-        // Without elements there is nothing to stride over, and no bound to keep the product of index and stride small.
-        let stride = |stride| if needed == 0 { 0 } else { stride };
+        // The stride of a single row or column leads nowhere and may be anything: it is kept so small that no product with it overflows.
+        let stride = |stride: usize| stride.min(needed);
         Ok(Self {
             data,
             rows,
@@ -167,7 +167,12 @@ fn widen<T: Element>(src: &[T], out: &mut [f32]) {
 }
 
 /// Elements that a matrix spans from its first to one past its last.
-fn extent(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> Result<usize> {
+pub(crate) fn extent(
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+) -> Result<usize> {
     if rows == 0 || cols == 0 {
         return Ok(0);
     }
@@ -231,7 +236,7 @@ impl<'a, T: Element> MatMut<'a, T> {
             data,
             rows,
             cols,
-            row_stride: if needed == 0 { 0 } else { row_stride },
+            row_stride: row_stride.min(needed), // as in `MatRef`: that of a single row may be anything
         })
     }
 

@@ -1,6 +1,7 @@
 //! Views of the caller's memory: which elements they show, and which memory they refuse.
 
-use moe_kernels::{AnyMatRef, Error, MatMut, MatRef};
+use moe_kernels::grouped_gemm::{Groups, PackedMatrices, grouped_gemm_into, scratch_bytes};
+use moe_kernels::{AnyMatRef, Cpu, DType, Error, MatMut, MatRef};
 
 /// All elements of a view, row by row.
 fn elements(m: MatRef<'_, f32>) -> Vec<Vec<f32>> {
@@ -134,5 +135,40 @@ fn no_elements_with_any_stride() {
         for i in 0..rows {
             assert!(out.row_mut(i).is_empty());
         }
+    }
+}
+
+/// The stride of a single row or column may be anything: it is never walked. (Found by the fuzz target `capi`.)
+#[test]
+fn a_single_row_or_column_with_any_stride() {
+    let cpu = Cpu::new();
+    let product = |w: MatRef<'_, f32>, out_stride: usize| {
+        let x = [1.5f32, -2.0, 0.25];
+        let x = MatRef::with_strides(&x[..w.cols()], 1, w.cols(), usize::MAX, 1).unwrap();
+        let mut packed = PackedMatrices::new(&cpu, w.rows(), w.cols(), DType::F32).unwrap();
+        packed.push(&cpu, w.into(), None).unwrap();
+        let mut y = vec![f32::NAN; w.rows()];
+        let out = MatMut::with_row_stride(&mut y, 1, w.rows(), out_stride).unwrap();
+        let groups = Groups::Single { rows: 1, expert: 0 };
+        let mut scratch = vec![0; scratch_bytes(&cpu)];
+        grouped_gemm_into(
+            &cpu,
+            x.into(),
+            None,
+            &packed,
+            groups,
+            None,
+            out.into(),
+            &mut scratch,
+        )
+        .unwrap();
+        y
+    };
+    let data = [2.0f32, 3.0, 4.0];
+    for any in [0, 1, 7, isize::MAX as usize, usize::MAX] {
+        let row = MatRef::with_strides(&data, 1, 3, any, 1).unwrap();
+        assert_eq!(product(row, any), [3.0 - 6.0 + 1.0]);
+        let column = MatRef::with_strides(&data, 3, 1, 1, any).unwrap();
+        assert_eq!(product(column, any), [3.0, 4.5, 6.0]);
     }
 }

@@ -119,7 +119,7 @@ MOE_DEVICE void store(void* base, uint32_t dtype, int64_t i, const float (&v)[8]
         return;
     }
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
+    for (uint32_t c = 0; c < 8; ++c) {
         if (c < valid) store_element(base, dtype, i + c, v[c]);
     }
 }

@@ -124,6 +124,15 @@ fn best_rate(
     }
 }
 
+/// `len` numbers for [`read_bandwidth`], in huge pages where the system has them, as packed weights are.
+pub fn read_buffer(len: usize) -> Vec<f32> {
+    let mut buffer = Vec::with_capacity(len);
+    super::grouped_gemm::advise_huge_pages(buffer.spare_capacity_mut());
+    // Numbers and not zeros: pages that hold nothing may be one page.
+    buffer.extend((0..len).map(|i| (i % 251) as f32));
+    buffer
+}
+
 /// Bytes/s of reading `buffer` (hundreds of megabytes, so that no cache holds it) on `cpu`'s threads: the best of several passes
 /// within `budget`.
 pub fn read_bandwidth(cpu: &Cpu, buffer: &[f32], budget: Duration) -> f64 {

@@ -84,14 +84,7 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Value`] when there are no experts, or more than the router knows.
     pub fn new(router: Router, experts: PackedExperts) -> Result<Self> {
-        let known = router.config().num_experts;
-        if experts.is_empty() || experts.len() > known {
-            return Err(Error::value(
-                "experts",
-                format!("1 to {known}"),
-                experts.len(),
-            ));
-        }
+        Self::check_experts(&router, &experts)?;
         Ok(Self {
             router,
             gate: None,
@@ -105,6 +98,16 @@ impl MoeLayer {
             out_norm: None,
             out_bias: None,
         })
+    }
+
+    /// What [`MoeLayer::new`] asks of experts, for callers who must know before they give them away.
+    pub(crate) fn check_experts(router: &Router, experts: &PackedExperts) -> Result<()> {
+        let known = router.config().num_experts;
+        if experts.is_empty() || experts.len() > known {
+            let expected = format!("1 to {known}");
+            return Err(Error::value("experts", expected, experts.len()));
+        }
+        Ok(())
     }
 
     /// A layer whose experts work in a latent space of L = `experts.hidden()` columns. Identity experts return x itself.
@@ -126,6 +129,12 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Shape`] naming `gate`; [`Error::Value`] when noise weights and the router's noise seed do not come together.
     pub fn with_gate(mut self, gate: Gate) -> Result<Self> {
+        self.set_gate(gate)?;
+        Ok(self)
+    }
+
+    /// [`with_gate`](Self::with_gate) in place; the layer is unchanged on error.
+    pub(crate) fn set_gate(&mut self, gate: Gate) -> Result<()> {
         let expected = [self.router.config().num_logits(), self.hidden()];
         let found = [gate.weights.n(), gate.weights.k()];
         if found != expected {
@@ -143,7 +152,7 @@ impl MoeLayer {
             ));
         }
         self.gate = Some(gate);
-        Ok(self)
+        Ok(())
     }
 
     /// The layer holds experts `first .. first + experts.len()` of the router's; pairs of the others are skipped (expert parallelism: the
@@ -152,6 +161,12 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Value`] naming `first_expert`.
     pub fn with_first_expert(mut self, first: usize) -> Result<Self> {
+        self.set_first_expert(first)?;
+        Ok(self)
+    }
+
+    /// [`with_first_expert`](Self::with_first_expert) in place; the layer is unchanged on error.
+    pub(crate) fn set_first_expert(&mut self, first: usize) -> Result<()> {
         let last = self.router.config().num_experts - self.experts.len();
         if first > last {
             return Err(Error::value(
@@ -161,13 +176,18 @@ impl MoeLayer {
             ));
         }
         self.first_expert = first;
-        Ok(self)
+        Ok(())
     }
 
     /// A pair's weight multiplies the expert's input instead of its output (Llama 4).
     pub fn with_weight_on_input(mut self) -> Self {
-        self.weight_on_input = true;
+        self.set_weight_on_input(true);
         self
+    }
+
+    /// [`with_weight_on_input`](Self::with_weight_on_input) in place, or taken back.
+    pub(crate) fn set_weight_on_input(&mut self, on: bool) {
+        self.weight_on_input = on;
     }
 
     /// Normalises each expert's output before its weight.
@@ -175,9 +195,15 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Shape`] naming `post_norm`.
     pub fn with_post_norm(mut self, norm: PostNorm) -> Result<Self> {
+        self.set_post_norm(norm)?;
+        Ok(self)
+    }
+
+    /// [`with_post_norm`](Self::with_post_norm) in place; the layer is unchanged on error.
+    pub(crate) fn set_post_norm(&mut self, norm: PostNorm) -> Result<()> {
         norm.norm().check("post_norm", self.experts.hidden())?;
         self.post_norm = Some(norm);
-        Ok(self)
+        Ok(())
     }
 
     /// A factor on the routed sum, before shared experts.
@@ -185,11 +211,17 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Value`] when it is not finite.
     pub fn with_routed_scale(mut self, scale: f32) -> Result<Self> {
+        self.set_routed_scale(scale)?;
+        Ok(self)
+    }
+
+    /// [`with_routed_scale`](Self::with_routed_scale) in place; the layer is unchanged on error.
+    pub(crate) fn set_routed_scale(&mut self, scale: f32) -> Result<()> {
         if !scale.is_finite() {
             return Err(Error::value("routed_scale", "a finite number", scale));
         }
         self.routed_scale = scale;
-        Ok(self)
+        Ok(())
     }
 
     /// Adds shared experts.
@@ -197,24 +229,28 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Shape`] naming `shared`; [`Error::Value`] when router weights are wanted and their number differs.
     pub fn with_shared(mut self, shared: SharedExperts) -> Result<Self> {
-        if shared.experts.hidden() != self.hidden() {
-            return Err(Error::shape(
-                "shared",
-                [self.hidden()],
-                [shared.experts.hidden()],
-            ));
+        let weighted = matches!(shared.combine, SharedCombine::RouterWeighted);
+        self.check_shared(&shared.experts, weighted)?;
+        self.set_shared(shared);
+        Ok(self)
+    }
+
+    /// What [`with_shared`](Self::with_shared) asks of experts, for callers who must know before they give them away.
+    pub(crate) fn check_shared(&self, experts: &PackedExperts, weighted: bool) -> Result<()> {
+        if experts.hidden() != self.hidden() {
+            return Err(Error::shape("shared", [self.hidden()], [experts.hidden()]));
         }
         let joint = self.router.config().joint_shared;
-        if matches!(shared.combine, SharedCombine::RouterWeighted) && shared.experts.len() != joint
-        {
-            return Err(Error::value(
-                "shared",
-                format!("the {joint} experts that the router weighs"),
-                shared.experts.len(),
-            ));
+        if weighted && experts.len() != joint {
+            let expected = format!("the {joint} experts that the router weighs");
+            return Err(Error::value("shared", expected, experts.len()));
         }
+        Ok(())
+    }
+
+    /// Shared experts that [`check_shared`](Self::check_shared) has seen.
+    pub(crate) fn set_shared(&mut self, shared: SharedExperts) {
         self.shared = Some(shared);
-        Ok(self)
     }
 
     /// Normalises the layer's output, after shared experts.
@@ -222,9 +258,15 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Shape`] naming `out_norm`.
     pub fn with_out_norm(mut self, norm: RmsNorm) -> Result<Self> {
+        self.set_out_norm(norm)?;
+        Ok(self)
+    }
+
+    /// [`with_out_norm`](Self::with_out_norm) in place; the layer is unchanged on error.
+    pub(crate) fn set_out_norm(&mut self, norm: RmsNorm) -> Result<()> {
         norm.check("out_norm", self.hidden())?;
         self.out_norm = Some(norm);
-        Ok(self)
+        Ok(())
     }
 
     /// Adds a bias `[H]` to the output, after the norm.
@@ -232,11 +274,17 @@ impl MoeLayer {
     /// # Errors
     /// [`Error::Shape`] naming `out_bias`.
     pub fn with_out_bias(mut self, bias: &[f32]) -> Result<Self> {
+        self.set_out_bias(bias)?;
+        Ok(self)
+    }
+
+    /// [`with_out_bias`](Self::with_out_bias) in place; the layer is unchanged on error.
+    pub(crate) fn set_out_bias(&mut self, bias: &[f32]) -> Result<()> {
         if bias.len() != self.hidden() {
             return Err(Error::shape("out_bias", [self.hidden()], [bias.len()]));
         }
         self.out_bias = Some(bias.to_vec());
-        Ok(self)
+        Ok(())
     }
 
     /// H: the width of a token.

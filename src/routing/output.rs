@@ -45,14 +45,15 @@ impl Routing {
     /// # Errors
     /// [`Error::Overflow`] when that many pairs do not fit `u32`.
     pub fn with_capacity(max_tokens: usize, router: &Router) -> Result<Self> {
+        Self::with_capacity_on(&Cpu::new(), max_tokens, router)
+    }
+
+    /// [`with_capacity`](Self::with_capacity) for the threads of `cpu`, which starts no pool where `cpu` is one thread.
+    pub(crate) fn with_capacity_on(cpu: &Cpu, max_tokens: usize, router: &Router) -> Result<Self> {
         let config = router.config();
         pairs(max_tokens, config.slots())?;
         let mut routing = Self::default();
-        routing.fit(
-            config,
-            max_tokens,
-            kernel::threads(&Cpu::new(), config, max_tokens),
-        );
+        routing.fit(config, max_tokens, kernel::threads(cpu, config, max_tokens));
         routing
             .permutation
             .reserve(max_tokens * config.slots(), config.num_experts, 1);

@@ -33,9 +33,11 @@ mod kernel;
 mod packing;
 mod plan;
 mod rows;
+mod storage;
 
-pub(crate) use packing::{CacheLine, Columns, PanelLayout, pack, pack_bias, pack_into};
+pub(crate) use packing::{Columns, PanelLayout, pack, pack_bias, pack_into};
 pub(crate) use rows::RowSource;
+pub(crate) use storage::{Storage, advise_huge_pages};
 
 use super::Cpu;
 use super::caches::caches;

@@ -13,6 +13,7 @@
 mod direct;
 
 use super::kernel::{PanelBf16, PanelF16, PanelF32, PanelFormat};
+use super::storage::Storage;
 use crate::cpu::Cpu;
 use crate::cpu::caches::caches;
 use crate::cpu::parallel::{TaskCounter, for_each_worker};
@@ -115,13 +116,10 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// Packs one matrix into memory of its own, which nothing fills with zeros before.
-pub(crate) fn pack(cpu: &Cpu, layout: &PanelLayout, columns: &Columns<'_>) -> Box<[CacheLine]> {
-    let lines = (layout.panels() * layout.panel_bytes()).div_ceil(size_of::<CacheLine>());
-    let mut lines = Box::new_uninit_slice(lines);
-    pack_panels(cpu, layout, columns, &mut lines);
+/// Packs one matrix as the next one of `out`, in memory that nothing fills with zeros before.
+pub(crate) fn pack(cpu: &Cpu, layout: &PanelLayout, columns: &Columns<'_>, out: &mut Storage) {
     // SAFETY: `pack_panels` writes every byte.
-    unsafe { lines.assume_init() }
+    unsafe { out.push(|lines| pack_panels(cpu, layout, columns, lines)) }
 }
 
 /// Packs one matrix over another of the same layout.

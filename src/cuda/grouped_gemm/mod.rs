@@ -207,6 +207,10 @@ fn params(p: &GroupedGemm) -> Result<GroupedGemmParams> {
             return Err(Error::Overflow { what });
         }
     }
+    // Kernels count the bytes of a row of k in 32 bits.
+    if p.k == 0 || p.k > 1 << 29 {
+        return Err(Error::value("k", "1 to 2^29", p.k));
+    }
     let gate = p.gate.unwrap_or(p.up);
     if gate.dtype != p.up.dtype {
         return Err(Error::value(

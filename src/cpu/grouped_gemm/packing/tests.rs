@@ -132,11 +132,15 @@ fn check(isa: Isa, layout: &PanelLayout, columns: &Columns<'_>) {
         Cpu::with_isa(isa).unwrap(),
         Cpu::with_isa(isa).unwrap().single_threaded(),
     ] {
-        let mut packed = pack(&cpu, layout, columns);
-        assert!(bytemuck::cast_slice::<CacheLine, u8>(&packed)[..expected.len()] == expected[..]);
-        packed.fill(CacheLine([0x5a; 64]));
-        pack_into(&cpu, layout, columns, &mut packed);
-        assert!(bytemuck::cast_slice::<CacheLine, u8>(&packed)[..expected.len()] == expected[..]);
+        let mut packed = Storage::new(expected.len());
+        pack(&cpu, layout, columns, &mut packed);
+        let is_right = |packed: &[CacheLine]| {
+            bytemuck::cast_slice::<CacheLine, u8>(packed)[..expected.len()] == expected[..]
+        };
+        assert!(is_right(packed.get(0)));
+        packed.get_mut(0).fill(CacheLine([0x5a; 64]));
+        pack_into(&cpu, layout, columns, packed.get_mut(0));
+        assert!(is_right(packed.get(0)));
     }
 }
 

@@ -1,0 +1,7 @@
+//! See `calls/capi.rs`.
+#![no_main]
+
+#[path = "../calls/mod.rs"]
+mod calls;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| calls::capi::run(data));
