@@ -51,12 +51,12 @@ uint32_t random_bit(uint32_t bits, uint32_t start) {
     return (static_cast<uint32_t>(__builtin_ctz(turned)) + start) & 31;
 }
 
-// A warp with a ready lane, or -1.
-int pick_warp(Cluster& cluster) {
+// A warp with a ready lane, or -1. `in_turn`: the next one after the last, so that threads that spin starve nobody.
+int pick_warp(Cluster& cluster, bool in_turn) {
     const size_t words = cluster.ready_warps.size();
     const uint32_t count = static_cast<uint32_t>(cluster.warps.size());
-    if (cluster.ordered || !cluster.strategy.ranked) {
-        const uint32_t start = cluster.ordered ? 0 : cluster.random.below(count);
+    if (in_turn || cluster.ordered || !cluster.strategy.ranked) {
+        const uint32_t start = in_turn ? (cluster.last_warp + 1) % count : cluster.ordered ? 0 : cluster.random.below(count);
         for (size_t step = 0; step <= words; ++step) {
             const size_t word = (start / 64 + step) % words;
             uint64_t bits = cluster.ready_warps[word];
@@ -86,7 +86,7 @@ Fiber* pick(Cluster& cluster, bool leave = false) {
             if (cluster.strategy.ranked && random.once_in(cluster.strategy.change_ranks)) {
                 cluster.ranks[random.below(static_cast<uint32_t>(cluster.ranks.size()))] = static_cast<uint32_t>(random.next());
             }
-            const int picked = pick_warp(cluster);
+            const int picked = pick_warp(cluster, leave);
             if (picked < 0) {
                 if (run_async(cluster)) continue;
                 return nullptr;
