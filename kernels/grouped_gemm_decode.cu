@@ -126,6 +126,7 @@ MOE_DEVICE void decode(const GroupedGemmParams& p, float* partial) {
     grouped::TileFinder<Rows> finder;
     Tile tile;
     for (uint32_t number = blockIdx.x; finder.find(p, column_tiles, number, tile); number += gridDim.x) {
+        if (tile.rows == 0) continue;
         float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         accumulate<Bf16, Aligned>(p, tile, warp, acc);
         float* const mine = partial + warp * 16 * Pitch;
@@ -145,15 +146,15 @@ MOE_DEVICE void decode(const GroupedGemmParams& p, float* partial) {
 
 }  // namespace
 
-#define KERNEL(name, Bf16, Aligned)                                                                              \
-    extern "C" __global__ void __launch_bounds__(32 * Warps, 6) name(const __grid_constant__ GroupedGemmParams p) { \
+#define KERNEL(name, Bf16, Aligned, BlocksPerSm)                                                                 \
+    extern "C" __global__ void __launch_bounds__(32 * Warps, BlocksPerSm) name(const __grid_constant__ GroupedGemmParams p) { \
         MOE_SHARED(float[Warps * 16 * Pitch], partial);                                                           \
         decode<Bf16, Aligned>(p, partial);                                                                        \
     }                                                                                                             \
     MOE_KERNEL(name)
 
-KERNEL(moe_grouped_gemm_decode_bf16, true, true);
-KERNEL(moe_grouped_gemm_decode_f16, false, true);
+KERNEL(moe_grouped_gemm_decode_bf16, true, true, 6);
+KERNEL(moe_grouped_gemm_decode_f16, false, true, 6);
 // Rows that do not begin on 16 bytes: the same sums, element by element.
-KERNEL(moe_grouped_gemm_decode_bf16_unaligned, true, false);
-KERNEL(moe_grouped_gemm_decode_f16_unaligned, false, false);
+KERNEL(moe_grouped_gemm_decode_bf16_unaligned, true, false, 4);
+KERNEL(moe_grouped_gemm_decode_f16_unaligned, false, false, 4);

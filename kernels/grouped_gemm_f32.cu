@@ -201,7 +201,7 @@ MOE_DEVICE void exact_product(const GroupedGemmParams& p, unsigned char* shared)
             ptx::cp_async_wait<Shape::Stages - 2>();
             __syncthreads();  // this block is there, and everybody has left the one before
             tile = ring[done % Shape::Stages];
-            if (tile.rows == 0) break;
+            if (tile.expert == Tile::None) break;
 #pragma unroll
             for (int i = 0; i < Loader::Parts; ++i) loader.copy_part(p, k_bytes, stages + write, i);
             ptx::cp_async_commit();
@@ -218,7 +218,7 @@ MOE_DEVICE void exact_product(const GroupedGemmParams& p, unsigned char* shared)
             write = write == (Shape::Stages - 1) * Shape::StageBytes ? 0 : write + Shape::StageBytes;
             loader.advance(p, column_tiles, k_bytes, ring);
         }
-        if (tile.rows == 0) break;
+        if (tile.expert == Tile::None) break;
         finish_warp<Shape>(p, tile, acc, strip);
     }
     ptx::cp_async_wait_all();

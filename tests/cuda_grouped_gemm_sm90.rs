@@ -55,6 +55,8 @@ struct Case {
     /// Weights of gate and up in alternating rows of one matrix.
     interleaved: bool,
     cluster: u32,
+    /// Multiprocessors to plan for: with few of them a block has many tiles.
+    sms: u32,
     seed: u64,
 }
 
@@ -73,6 +75,7 @@ impl Case {
             scale: false,
             interleaved: false,
             cluster: 1,
+            sms: 6,
             seed: 1,
         }
     }
@@ -306,7 +309,11 @@ fn upload(gpu: &Gpu, case: &Case, data: &Data) -> (Device, GroupedGemmParams) {
 /// The output rows as f32, after a look at the canaries and at the rows of padding.
 fn run(gpu: &Gpu, case: &Case, data: &Data) -> Vec<f32> {
     let (device, params) = upload(gpu, case, data);
-    let launch = plan_with_cluster(&params, case.cluster, gpu.cuda.device_info()).unwrap();
+    let info = DeviceInfo {
+        sm_count: case.sms,
+        ..*gpu.cuda.device_info()
+    };
+    let launch = plan_with_cluster(&params, case.cluster, &info).unwrap();
     gpu.launch(&launch);
     let bytes = gpu.download(&device.out);
     drop((device.buffers, device.floats, device.ints, device.pairs));
@@ -428,4 +435,426 @@ fn one_tile() {
     let Some(gpu) = hopper() else { return };
     run_and_check(&gpu, &Case::plain(&[TILE_ROWS], TILE_COLUMNS, TILE_K));
     run_and_check(&gpu, &Case::gated(&[TILE_ROWS], TILE_COLUMNS / 2, TILE_K));
+}
+
+/// One below, at and one above a tile's rows, an empty expert, one row; columns and k with tails; every block with several tiles.
+const RAGGED: [usize; 8] = [
+    TILE_ROWS + 1,
+    0,
+    TILE_ROWS - 1,
+    1,
+    TILE_ROWS,
+    2 * TILE_ROWS,
+    0,
+    3 * TILE_ROWS - 8,
+];
+
+#[test]
+fn ragged_rows_columns_and_k() {
+    let Some(gpu) = hopper() else { return };
+    for (cluster, sms) in [(1, 3), (2, 4)] {
+        for slots in [0, 3] {
+            let tails = |case: Case| Case {
+                cluster,
+                sms,
+                slots,
+                ..case
+            };
+            run_and_check(
+                &gpu,
+                &tails(Case::plain(&RAGGED, TILE_COLUMNS + 8, 2 * TILE_K + 8)),
+            );
+            run_and_check(
+                &gpu,
+                &tails(Case::gated(&RAGGED, TILE_COLUMNS / 2 + 8, TILE_K - 8)),
+            );
+        }
+    }
+}
+
+#[test]
+fn more_steps_than_stages() {
+    let Some(gpu) = hopper() else { return };
+    // 5 stages: one step fewer, as many, one more, and more than twice around.
+    for steps in [1, 4, 5, 6, 13] {
+        for (cluster, slots) in [(1, 0), (2, 2)] {
+            let case = Case::gated(&[150, 3, 300], 104, steps * TILE_K);
+            run_and_check(
+                &gpu,
+                &Case {
+                    cluster,
+                    sms: 2,
+                    slots,
+                    seed: steps as u64,
+                    ..case
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn an_odd_number_of_column_tiles_and_of_row_tiles() {
+    let Some(gpu) = hopper() else { return };
+    // The last row tile is shared out by columns; with three of them one block computes a tile outside N.
+    for counts in [
+        &[TILE_ROWS][..],
+        &[3 * TILE_ROWS],
+        &[1, 1, 5 * TILE_ROWS, 40],
+    ] {
+        for column_tiles in 1..4 {
+            let case = Case::plain(counts, column_tiles * TILE_COLUMNS, TILE_K);
+            run_and_check(
+                &gpu,
+                &Case {
+                    cluster: 2,
+                    sms: 4,
+                    ..case
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn more_row_tiles_than_a_band() {
+    let Some(gpu) = hopper() else { return };
+    // Bands of 8 row tiles, or pairs of them.
+    for (cluster, tiles) in [(1, 9), (2, 17)] {
+        let case = Case::plain(&[100, tiles * TILE_ROWS - 60], 2 * TILE_COLUMNS, 16);
+        run_and_check(
+            &gpu,
+            &Case {
+                cluster,
+                sms: 6,
+                slots: 4,
+                ..case
+            },
+        );
+    }
+}
+
+#[test]
+fn every_format() {
+    let Some(gpu) = hopper() else { return };
+    for dtype in [DType::F16, DType::BF16] {
+        for out in [dtype, DType::F32] {
+            let base = Case {
+                dtype,
+                out,
+                cluster: 2,
+                ..Case::gated(&[70, 140], 136, 80)
+            };
+            run_and_check(&gpu, &base);
+            run_and_check(
+                &gpu,
+                &Case {
+                    activation: None,
+                    slots: 0,
+                    ..base
+                },
+            );
+        }
+    }
+}
+
+fn activations() -> Vec<Activation> {
+    let functions = [
+        ActivationFunction::Identity,
+        ActivationFunction::Silu,
+        ActivationFunction::Gelu,
+        ActivationFunction::GeluTanh,
+        ActivationFunction::Relu,
+        ActivationFunction::Relu2,
+    ];
+    let mut all = Vec::new();
+    for function in functions {
+        for gated in [true, false] {
+            for clamp in [
+                Clamp::None,
+                Clamp::Pre { limit: 0.7 },
+                Clamp::Post { limit: 0.3 },
+            ] {
+                all.push(Activation {
+                    function,
+                    gated,
+                    clamp,
+                });
+            }
+        }
+    }
+    all.push(Activation::GPT_OSS);
+    let clamp = Clamp::Softcap { gate: 1.5, up: 0.8 };
+    all.push(Activation {
+        clamp,
+        ..Activation::SWIGLU
+    });
+    all
+}
+
+#[test]
+fn every_activation_with_bias_and_factors() {
+    let Some(gpu) = hopper() else { return };
+    for (i, activation) in activations().into_iter().enumerate() {
+        let case = Case {
+            activation: Some(activation),
+            dtype: [DType::BF16, DType::F16][i % 2],
+            out: DType::F32,
+            bias: true,
+            scale: i % 3 == 0,
+            slots: i % 4,
+            seed: i as u64,
+            ..Case::plain(&[33, 0, 90], 104, 40)
+        };
+        run_and_check(&gpu, &case);
+    }
+}
+
+#[test]
+fn weights_in_alternating_rows() {
+    let Some(gpu) = hopper() else { return };
+    for cluster in [1, 2] {
+        let case = Case::gated(&[200, 90], 120, 72);
+        run_and_check(
+            &gpu,
+            &Case {
+                interleaved: true,
+                bias: true,
+                cluster,
+                ..case
+            },
+        );
+    }
+}
+
+#[test]
+fn rows_of_padding_are_neither_seen_nor_written() {
+    let Some(gpu) = hopper() else { return };
+    for (cluster, slots) in [(1, 0), (2, 0), (2, 2)] {
+        let case = Case::plain(&[5, 0, 64, 130], 64, 64);
+        run_and_check(
+            &gpu,
+            &Case {
+                block: 64,
+                cluster,
+                slots,
+                scale: true,
+                ..case
+            },
+        );
+    }
+}
+
+/// D2: a row has the same bits whatever rows are with it, and for any cluster and grid.
+#[test]
+fn a_row_has_the_same_bits_in_any_batch() {
+    let Some(gpu) = hopper() else { return };
+    let (n, k) = (104, 328);
+    let whole = Case {
+        out: DType::F32,
+        bias: true,
+        slots: 0,
+        ..Case::gated(&[300], n, k)
+    };
+    let data = Data::new(&whole);
+    let all = run(&gpu, &whole, &data);
+    for (first, count, cluster, sms) in [
+        (0, 1, 1, 1),
+        (299, 1, 2, 2),
+        (1, 128, 1, 4),
+        (77, 200, 2, 6),
+        (0, 300, 2, 2),
+    ] {
+        let case = Case {
+            counts: vec![count],
+            cluster,
+            sms,
+            ..whole.clone()
+        };
+        let part = Data {
+            a: data.a[first * k..][..count * k].to_vec(),
+            pair_of_row: data.pair_of_row[..count].to_vec(),
+            scale: data.scale[..count].to_vec(),
+            gate: data.gate.clone(),
+            up: data.up.clone(),
+            gate_bias: data.gate_bias.clone(),
+            up_bias: data.up_bias.clone(),
+        };
+        let found = run(&gpu, &case, &part);
+        let what = format!("rows {first} to {} alone", first + count);
+        common::assert_same_bits(&found, &all[first * n..][..count * n], &what);
+    }
+}
+
+/// Offsets and counts that lie do no harm: what they name beyond the output is not touched.
+#[test]
+fn wrong_counts_stay_inside_the_output() {
+    let Some(gpu) = hopper() else { return };
+    for slots in [0, 1] {
+        let case = Case {
+            slots,
+            ..Case::plain(&[40, 50], 64, 64)
+        };
+        let data = Data::new(&case);
+        let (mut device, params) = upload(&gpu, &case, &data);
+        gpu.write(&mut device.ints[1], &[100_000, -3]);
+        gpu.launch(&plan_with_cluster(&params, 2, gpu.cuda.device_info()).unwrap());
+        let bytes = gpu.download(&device.out);
+        let edge = CANARY * case.out.size();
+        assert!(
+            bytes[..edge]
+                .iter()
+                .chain(&bytes[bytes.len() - edge..])
+                .all(|&b| b == 0xff)
+        );
+    }
+}
+
+/// One group without offsets, counts taken from offsets, and no rows at all.
+#[test]
+fn groups_in_every_form() {
+    let Some(gpu) = hopper() else { return };
+    let case = Case::plain(&[133], 72, 64);
+    let data = Data::new(&case);
+    let expected = run(&gpu, &case, &data);
+    for without in ["counts", "offsets"] {
+        let (device, mut params) = upload(&gpu, &case, &data);
+        params.counts = DevicePtr::NULL;
+        if without == "offsets" {
+            params.offsets = DevicePtr::NULL;
+        }
+        gpu.launch(&plan_grouped_gemm_sm90(&params, gpu.cuda.device_info()).unwrap());
+        let bytes = gpu.download(&device.out);
+        let found: Vec<f32> = bytes[2 * CANARY..bytes.len() - 2 * CANARY]
+            .chunks(2)
+            .map(|c| bf16::from_le_bytes([c[0], c[1]]).to_f32())
+            .collect();
+        common::assert_same_bits(&found, &expected, without);
+    }
+    let none = Case::gated(&[0, 0], 72, 64);
+    let (_device, params) = upload(&gpu, &none, &Data::new(&none));
+    assert!(
+        plan_grouped_gemm_sm90(&params, gpu.cuda.device_info())
+            .unwrap()
+            .is_empty()
+    );
+}
+
+fn some_params() -> GroupedGemmParams {
+    GroupedGemmParams {
+        a: DevicePtr(0x1000),
+        up: DevicePtr(0x2000),
+        gate: DevicePtr(0x3000),
+        out: DevicePtr(0x4000),
+        offsets: DevicePtr(0x5000),
+        a_row_stride: 64,
+        up_row_stride: 64,
+        up_expert_stride: 64 * 64,
+        gate_row_stride: 64,
+        gate_expert_stride: 64 * 64,
+        out_row_stride: 64,
+        experts: 4,
+        rows: 1000,
+        n: 64,
+        k: 64,
+        slots: 1,
+        a_rows: 1000,
+        a_dtype: DType::BF16 as u32,
+        w_dtype: DType::BF16 as u32,
+        out_dtype: DType::F32 as u32,
+        activation: activation_params(Some(Activation::SWIGLU)),
+        ..bytemuck::Zeroable::zeroed()
+    }
+}
+
+#[test]
+fn a_plan_says_what_it_does_not_take() {
+    let good = some_params();
+    let device = DeviceInfo::H100;
+    plan_grouped_gemm_sm90(&good, &device).unwrap();
+    type Change = fn(&mut GroupedGemmParams);
+    let refused: [(&str, Change); 14] = [
+        ("a", |p| p.a = DevicePtr(0x1008)),
+        ("up", |p| p.up = DevicePtr(0x2002)),
+        ("gate", |p| p.gate = DevicePtr::NULL),
+        ("out", |p| p.out = DevicePtr(0x4008)),
+        ("n", |p| p.n = 60),
+        ("k", |p| p.k = 63),
+        ("a.row_stride", |p| p.a_row_stride = 68),
+        ("up.row_stride", |p| p.up_row_stride = -64),
+        ("up.expert_stride", |p| p.up_expert_stride = 1 << 40),
+        ("out.row_stride", |p| p.out_row_stride = 65),
+        ("weights", |p| p.flags = Flags::WEIGHT_TABLES),
+        ("weights", |p| p.w_dtype = DType::F16 as u32),
+        ("a", |p| p.a_dtype = DType::F32 as u32),
+        ("out", |p| p.out_dtype = DType::F16 as u32),
+    ];
+    for (name, change) in refused {
+        let mut params = good;
+        change(&mut params);
+        match plan_grouped_gemm_sm90(&params, &device) {
+            Err(Error::Value { argument, .. }) => assert_eq!(argument, name),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+    let huge = GroupedGemmParams {
+        rows: i32::MAX as u32,
+        n: 1 << 30,
+        ..good
+    };
+    assert!(matches!(
+        plan_grouped_gemm_sm90(&huge, &device),
+        Err(Error::Overflow { .. })
+    ));
+    assert!(plan_grouped_gemm_sm90(&good, &DeviceInfo::A100).is_err());
+    // A plain product does not look at the gate; one expert needs no expert stride; a gathered row is addressed by 32 bits.
+    let plain = GroupedGemmParams {
+        gate: DevicePtr::NULL,
+        activation: activation_params(None),
+        experts: 1,
+        up_expert_stride: 3,
+        ..good
+    };
+    plan_grouped_gemm_sm90(&plain, &device).unwrap();
+    let gathered = GroupedGemmParams {
+        pair_of_row: DevicePtr(0x6000),
+        a_row_stride: 1 << 31,
+        ..good
+    };
+    assert!(plan_grouped_gemm_sm90(&gathered, &device).is_err());
+}
+
+#[test]
+fn clusters_where_experts_have_several_row_tiles() {
+    let device = DeviceInfo::H100;
+    assert_eq!(cluster_for(128 * CLUSTER_ROWS, 128, &device), 2);
+    assert_eq!(cluster_for(128 * CLUSTER_ROWS - 1, 128, &device), 1);
+    assert_eq!(
+        cluster_for(
+            1 << 20,
+            1,
+            &DeviceInfo {
+                sm_count: 1,
+                ..device
+            }
+        ),
+        1
+    );
+    let params = GroupedGemmParams {
+        rows: 262_144,
+        experts: 128,
+        n: 768,
+        k: 2048,
+        ..some_params()
+    };
+    let launch = plan_grouped_gemm_sm90(&params, &device).unwrap();
+    assert_eq!(
+        (launch.grid, launch.cluster, launch.block),
+        ([132, 1, 1], [2, 1, 1], [384, 1, 1])
+    );
+    assert!(launch.shared_bytes <= device.shared_per_block);
+    assert_eq!(
+        launch.tensor_maps()[1].boxes[..3],
+        [TILE_K as u32, TILE_COLUMNS as u32 / 2, 1]
+    );
 }

@@ -102,7 +102,8 @@ bool is_device_memory(CUdeviceptr address, size_t bytes) {
 }
 
 bool looks_like_host_memory(uint64_t address) {
-    if (address < (1ull << 32) || is_device_memory(address, 1)) return false;
+    // Programs, heaps and mappings begin above 2^45. Below lies the sanitizer's shadow, which is mapped, too: two small sizes side by side look like it.
+    if (address < (1ull << 45) || is_device_memory(address, 1)) return false;
     {
         std::lock_guard<std::mutex> lock(memory().mutex);
         if (contains(memory().allocations, address, 0) || contains(memory().pinned, address, 0)) return false;

@@ -76,12 +76,13 @@ int pick_warp(Cluster& cluster) {
 }
 
 // The next thread to run; null when there is none and nothing pending could wake one.
-Fiber* pick(Cluster& cluster) {
+// `leave`: another warp may come even where the strategy would stay, since what the running one spins for has to happen there.
+Fiber* pick(Cluster& cluster, bool leave = false) {
     Random& random = cluster.random;
     if (!cluster.ordered && has_async(cluster) && random.once_in(cluster.strategy.async_eager)) run_async(cluster);
     for (;;) {
         Warp* warp = cluster.warps[cluster.last_warp];
-        if (warp->ready == 0 || (!cluster.ordered && random.once_in(cluster.strategy.leave_warp))) {
+        if (warp->ready == 0 || leave || (!cluster.ordered && random.once_in(cluster.strategy.leave_warp))) {
             if (cluster.strategy.ranked && random.once_in(cluster.strategy.change_ranks)) {
                 cluster.ranks[random.below(static_cast<uint32_t>(cluster.ranks.size()))] = static_cast<uint32_t>(random.next());
             }
@@ -274,7 +275,7 @@ void yield(const char* what) {
     }
     // The others first, else a spinning thread could be picked for ever.
     clear_ready(*fiber.warp, fiber.lane);
-    Fiber* next = pick(cluster);
+    Fiber* next = pick(cluster, true);
     set_ready(*fiber.warp, fiber.lane);
     if (!next) return;
     self = next;

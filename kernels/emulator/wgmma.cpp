@@ -295,6 +295,7 @@ void registers_change(uint32_t registers, bool increase) {
         yield("setmaxnreg.inc: the block's other warpgroups hold too many registers");
     }
     group.registers = registers;
+    progress();
 }
 
 void check_products(Fiber* fiber) {

@@ -35,7 +35,7 @@ struct Activation {
     float gate_cap;  // Softcap; 0 leaves its side alone
     float up_cap;
 };
-static_assert(sizeof(Activation) == 32, "mirrored in src/cuda/grouped_gemm/mod.rs");
+static_assert(sizeof(Activation) == 32, "mirrored in src/cuda/grouped_gemm/params.rs");
 
 MOE_DEVICE float softcap(float v, float cap) { return cap == 0.0f ? v : numerics::softcap(v, cap); }
 

@@ -18,12 +18,13 @@ enum Flags : uint32_t {
     AlignedOut = 4,    // out and its row stride are multiples of 16 bytes
 };
 
-// Mirrored in src/cuda/grouped_gemm/mod.rs. Strides are in elements. A plain product has `up` only.
+// Mirrored in src/cuda/grouped_gemm/params.rs. Strides are in elements. A plain product has `up` only. `rows` (of the output) and `a_rows` bound what is
+// touched, whatever the offsets, counts and pairs on the device say.
 struct GroupedGemmParams {
     const void* a;                // [rows or T, K], K contiguous
     const uint32_t* pair_of_row;  // src(r) = pair_of_row[r] / slots; absent: r
     const float* input_scale;     // a factor for each pair; absent: none
-    const int32_t* offsets;       // [E + 1]; absent: one group, rows 0 .. rows of expert 0
+    const int32_t* offsets;       // [E + 1]; absent: one group, rows 0 .. rows, of expert 0
     const int32_t* counts;        // [E]; absent: offsets[e + 1] − offsets[e]
     const void* gate;             // [E, N, K], K contiguous, or a table
     const void* up;
@@ -39,22 +40,26 @@ struct GroupedGemmParams {
     uint32_t experts, rows, n, k, slots;
     uint32_t flags;
     uint32_t a_dtype, w_dtype, bias_dtype, out_dtype;
+    uint32_t a_rows;    // of A
+    uint32_t reserved;
     epilogue::Activation activation;
 };
-static_assert(sizeof(GroupedGemmParams) == 224, "mirrored in src/cuda/grouped_gemm/mod.rs");
+static_assert(sizeof(GroupedGemmParams) == 232, "mirrored in src/cuda/grouped_gemm/params.rs");
 
 // One block's share of the output: rows first_row .. first_row + rows of an expert, columns from column_tile · (columns of a tile) on.
 struct Tile {
     uint32_t expert;
     uint32_t first_row;
-    uint32_t rows;  // 1 ..= RowsPerTile
+    uint32_t rows;  // up to RowsPerTile; 0 only where counts reach beyond the output
     uint32_t column_tile;
+
+    static constexpr uint32_t None = 0xffffffffu;  // as `expert`: no tile is left
 };
 
 MOE_DEVICE uint32_t count_of(const GroupedGemmParams& p, uint32_t expert) {
     if (p.offsets == nullptr) return p.rows;
-    if (p.counts != nullptr) return static_cast<uint32_t>(__ldg(p.counts + expert));
-    return static_cast<uint32_t>(__ldg(p.offsets + expert + 1) - __ldg(p.offsets + expert));
+    const int32_t count = p.counts != nullptr ? __ldg(p.counts + expert) : __ldg(p.offsets + expert + 1) - __ldg(p.offsets + expert);
+    return count < 0 ? 0 : static_cast<uint32_t>(count) < p.rows ? static_cast<uint32_t>(count) : p.rows;
 }
 
 MOE_DEVICE uint32_t start_of(const GroupedGemmParams& p, uint32_t expert) {
@@ -113,7 +118,7 @@ struct TileFinder {
                 count = __shfl_sync(0xffffffffu, count, holder);
                 tile_in_expert = __shfl_sync(0xffffffffu, tile_in_expert, holder);
                 tile.expert = __shfl_sync(0xffffffffu, first + which, holder);
-                place(tile, start_of(p, tile.expert), count, tile_in_expert, column_tiles);
+                place(tile, start_of(p, tile.expert), p.rows, count, tile_in_expert, column_tiles);
                 return true;
             }
             before += __shfl_sync(0xffffffffu, end, 31);
@@ -122,7 +127,7 @@ struct TileFinder {
     }
 
 private:
-    MOE_DEVICE static void place(Tile& tile, uint32_t start, uint32_t count, uint32_t t, uint32_t column_tiles) {
+    MOE_DEVICE static void place(Tile& tile, uint32_t start, uint32_t end, uint32_t count, uint32_t t, uint32_t column_tiles) {
         const uint32_t row_tiles = (count + RowsPerTile - 1) / RowsPerTile;
         const uint32_t group = t / (RowGroup * column_tiles);
         const uint32_t within = t - group * RowGroup * column_tiles;
@@ -132,18 +137,22 @@ private:
         const uint32_t row = (group * RowGroup + within % group_rows) * RowsPerTile;
         tile.first_row = start + row;
         tile.rows = count - row < RowsPerTile ? count - row : RowsPerTile;
+        const uint32_t there = start < end && row < end - start ? end - start - row : 0;
+        if (tile.rows > there) tile.rows = there;
     }
 };
 
 // The row of A that packed row r is a product of.
 MOE_DEVICE uint32_t source_row(const GroupedGemmParams& p, uint32_t r) {
-    return p.pair_of_row == nullptr ? r : __ldg(p.pair_of_row + r) / p.slots;
+    const uint32_t row = p.pair_of_row == nullptr ? r : __ldg(p.pair_of_row + r) / p.slots;
+    return row < p.a_rows ? row : p.a_rows - 1;
 }
 
 // The factor of packed row r, applied to its sums before the bias (`x·s` is not rounded to x's format as on the CPU).
 MOE_DEVICE float scale_of_row(const GroupedGemmParams& p, uint32_t r) {
     if (p.input_scale == nullptr) return 1.0f;
-    return __ldg(p.input_scale + (p.pair_of_row == nullptr ? r : __ldg(p.pair_of_row + r)));
+    const uint32_t pair = p.pair_of_row == nullptr ? r : __ldg(p.pair_of_row + r);
+    return pair / p.slots < p.a_rows ? __ldg(p.input_scale + pair) : 1.0f;
 }
 
 // The first byte of an expert's matrix.

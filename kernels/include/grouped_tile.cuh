@@ -97,7 +97,8 @@ struct TileLoader {
         const uint32_t row = threadIdx.x / Shape::Chunks;
         Tile tile = {};
         more = finder.find(p, column_tiles, next_tile, tile);
-        if (threadIdx.x == 0) ring[opened % Shape::Stages] = tile;  // rows = 0: no more
+        if (!more) tile.expert = Tile::None;
+        if (threadIdx.x == 0) ring[opened % Shape::Stages] = tile;
         ++opened;
         next_tile += gridDim.x;
         k_byte = 0;
@@ -273,7 +274,7 @@ MOE_DEVICE void tile_product(const GroupedGemmParams& p, unsigned char* shared) 
         ptx::cp_async_wait<Shape::Stages - 2>();
         __syncthreads();
         const Tile tile = ring[done % Shape::Stages];
-        if (tile.rows == 0) break;
+        if (tile.expert == Tile::None) break;
         float acc[Shape::Mi][Shape::Ni][4] = {};
         Fragments<Format, Shape> fragments[2];
         fragments[0].load(stages + read + a_offset, a_chunk, stages + read + b_offset, b_chunk, 0);

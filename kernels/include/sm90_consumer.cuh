@@ -54,10 +54,10 @@ MOE_DEVICE void release(const Ring& ring, uint32_t stage) {
     if (lane < ptx::cluster_size()) ptx::mbarrier_arrive_cluster_unordered(ptx::map_shared(ring.empty(stage), lane));
 }
 
-// A tile's product from `place` on: leaves the sums complete and the stages released. One batch of products is in
+// A tile's product from `place` on: leaves the sums complete and the stages released, and gives the turn away at `issued`. One batch of products is in
 // flight while the next is issued, so the tensor cores never wait for a barrier.
 template <uint32_t DType>
-MOE_DEVICE void multiply(Sums& sums, const Ring& ring, Place place, uint32_t steps) {
+MOE_DEVICE void multiply(Sums& sums, const Ring& ring, Place place, uint32_t steps, uint32_t issued) {
     const uint32_t a = descriptor_low(ring.a(0)), b = descriptor_low(ring.b(0));
     uint32_t previous = 0;
     for (uint32_t step = 0; step < steps; ++step) {
@@ -71,6 +71,8 @@ MOE_DEVICE void multiply(Sums& sums, const Ring& ring, Place place, uint32_t ste
         previous = place.stage;
         place.next<STAGES>();
     }
+    if (ptx::lane_id() == 0) ptx::mbarrier_arrive(issued);
+    __syncwarp();
     ptx::wgmma_wait<0>();
     release(ring, previous);
 }
@@ -247,8 +249,10 @@ MOE_DEVICE void consume(const grouped::GroupedGemmParams& p, const Ring& ring, u
         if (!tile.exists()) break;
         fill_side<Gated>(p, tile, ring.side(mail.stage));
         ptx::barrier_sync(1 + which, 128);
+        // The turn: the products of the tile before are issued.
+        if (index != 0) ptx::mbarrier_wait(ring.issued(1 - which), (index - 1) / CONSUMERS & 1);
         Sums sums;
-        multiply<DType>(sums, ring, Place::after<STAGES>(index % (2 * STAGES) * (steps % (2 * STAGES))), steps);
+        multiply<DType>(sums, ring, Place::after<STAGES>(index % (2 * STAGES) * (steps % (2 * STAGES))), steps, ring.issued(which));
         finish<DType, Gated>(p, ring, mail.stage, sums);
         __syncwarp();
         if (ptx::lane_id() == 0) ptx::mbarrier_arrive(ring.taken(index % MAILBOXES));

@@ -53,6 +53,13 @@ MOE_DEVICE void load_by_tma(const Source& s, const Tile& tile, uint32_t stage, u
     }
 }
 
+// Waits until the stage may be written. All lanes have seen it before one of them fills the stage: a lane that looked later could find
+// the barrier two phases on, and would wait for ever.
+MOE_DEVICE void wait_empty(const Ring& ring, const Place& place) {
+    ptx::mbarrier_wait(ring.empty(place.stage), place.parity ^ 1);
+    __syncwarp();
+}
+
 // Leaves a tile's place in the next mailbox, or Tile::END, which ends a consumer's work. One thread.
 MOE_DEVICE void post(const Ring& ring, Place& turn, const Tile& tile) {
     ptx::mbarrier_wait(ring.taken(turn.stage), turn.parity ^ 1);
@@ -112,7 +119,7 @@ MOE_DEVICE void produce_gathering(const Source& s, uint32_t first_unit, uint32_t
         const Tile next = schedule.find(unit);
         pair = pair_of_lane(s.p, next);
         for (uint32_t k = 0; k < s.p.k; k += TILE_K) {
-            ptx::mbarrier_wait(s.ring.empty(place.stage), place.parity ^ 1);
+            wait_empty(s.ring, place);
             if (leader) load_by_tma<Gated, true>(s, tile, place.stage, k, schedule.rank);
             __syncwarp();
             gather(s, place.stage, k, source);
@@ -144,7 +151,7 @@ MOE_DEVICE void produce_by_tma(const Source& s, uint32_t first_unit, uint32_t un
         if (ptx::lane_id() == 0) post(s.ring, turn, tile);
         __syncwarp();
         for (uint32_t k = 0; k < s.p.k; k += TILE_K) {
-            ptx::mbarrier_wait(s.ring.empty(place.stage), place.parity ^ 1);
+            wait_empty(s.ring, place);
             if (ptx::lane_id() == 0) load_by_tma<Gated, false>(s, tile, place.stage, k, schedule.rank);
             __syncwarp();
             place.next<STAGES>();

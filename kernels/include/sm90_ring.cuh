@@ -15,7 +15,9 @@
 // Beside the ring lie four mailboxes, in which the producer leaves the places of the next tiles: tile i of this CTA in box i mod 4,
 // for consumer i mod 2. The schedule is thus computed once, by warps that have registers to spare, and the consumers keep a
 // tile's place in the box, not in registers. `posted[m]`: one arrival, of the thread that wrote it; `taken[m]`: one of each of the
-// consumer's 4 warps, when the tile is stored. Each box has a side table for its consumer: the biases of the tile's 192
+// consumer's 4 warps, when the tile is stored. `issued[c]`: one of each warp of consumer c, when all products of its tile are
+// issued; the other consumer waits for that before its own, since a wait by parity cannot tell a phase from the last but one,
+// so nobody may look at a stage that is two phases behind. It keeps the tensor cores on one tile at a time, too. Each box has a side table for its consumer: the biases of the tile's 192
 // columns of B and the factors of its 128 rows.
 #pragma once
 
@@ -32,7 +34,7 @@ constexpr uint32_t CONSUMERS = 2, MAILBOXES = 2 * CONSUMERS, MAIL_BYTES = 16;
 constexpr uint32_t SIDE_BYTES = (TILE_N + TILE_M) * 4;
 constexpr uint32_t MAIL = STAGES * STAGE_BYTES, SIDES = MAIL + MAILBOXES * MAIL_BYTES;
 constexpr uint32_t BARRIERS = SIDES + MAILBOXES * SIDE_BYTES;
-constexpr uint32_t SHARED_BYTES = BARRIERS + (2 * STAGES + 2 * MAILBOXES) * 8;
+constexpr uint32_t SHARED_BYTES = BARRIERS + (2 * STAGES + 2 * MAILBOXES + CONSUMERS) * 8;
 static_assert(SHARED_BYTES <= 227 * 1024, "one block's limit on sm_90");
 static_assert(A_BYTES % 1024 == 0 && BOX_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 
@@ -49,6 +51,8 @@ struct Ring {
     MOE_DEVICE uint32_t posted(uint32_t box) const { return base + BARRIERS + (2 * STAGES + box) * 8; }
     MOE_DEVICE uint32_t taken(uint32_t box) const { return posted(box) + MAILBOXES * 8; }
 
+    MOE_DEVICE uint32_t issued(uint32_t consumer) const { return taken(MAILBOXES) + consumer * 8; }
+
     // Sets up the barriers of a CTA in a cluster of `cluster`. One thread; the threads then synchronise.
     MOE_DEVICE void init(bool gather, uint32_t cluster) const {
         for (uint32_t i = 0; i < STAGES; ++i) {
@@ -59,6 +63,7 @@ struct Ring {
             ptx::mbarrier_init(posted(i), 1);
             ptx::mbarrier_init(taken(i), 4);
         }
+        for (uint32_t i = 0; i < CONSUMERS; ++i) ptx::mbarrier_init(issued(i), 4);
         ptx::fence_mbarrier_init();
     }
 };

@@ -5,19 +5,24 @@ pub mod grouped_gemm;
 mod launch;
 pub mod memory;
 mod module;
+pub mod moe;
 pub mod permute;
 pub mod plan;
 mod ptx;
+pub mod raw;
 pub mod routing;
+pub mod stages;
 mod workspace;
 
 pub use launch::RawStream;
 pub use memory::{DeviceMat, DeviceMatMut, DeviceVec, DeviceVecMut};
 pub use plan::{ComputeCapability, DeviceInfo, DevicePtr, Launch, Module, Swizzle, TensorMap};
 pub use ptx::ptx;
+pub use raw::launch_raw;
+pub use stages::{CombineViews, JoinViews, PermuteViews, RouteViews, RoutedViews};
 
 use crate::error::{Error, Result};
-use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::driver::CudaContext;
 use module::Kernels;
 use std::sync::Arc;
 
@@ -101,7 +106,7 @@ impl Cuda {
     /// # Errors
     /// [`Error::CudaDriverTooOld`] or [`Error::CudaUnsupportedGpu`] when the text cannot run here.
     pub fn preload(&self, module: Module) -> Result<()> {
-        bind(&self.context)?;
+        self.bind()?;
         self.kernels.module(module).map(drop)
     }
 
@@ -110,27 +115,16 @@ impl Cuda {
     /// # Errors
     /// As [`Self::preload`]; [`Error::Value`] when the device has less shared memory.
     pub fn prepare(&self, launch: &Launch) -> Result<()> {
-        bind(&self.context)?;
-        self.kernels.prepare(launch)
+        self.bind()?;
+        self.kernels.function(launch).map(drop)
     }
 
-    /// Queues `launch` on `stream`. Allocates nothing and waits for nothing once the kernel has been loaded.
-    ///
-    /// # Safety
-    /// `launch` comes from a plan of this crate, unchanged in its parameters; the addresses in it are device memory of the extents that the plan states, alive until
-    /// the kernel has run, and no other work touches what it writes meanwhile.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for a stream of another context; as [`Self::prepare`]; what the driver says.
-    #[allow(unsafe_code)]
-    pub unsafe fn launch(&self, stream: &CudaStream, launch: &Launch) -> Result<()> {
-        self.check_context("stream", stream.context())?;
-        bind(&self.context)?;
-        // SAFETY: the context was just made current, the stream belongs to it, and the rest is the caller's promise.
-        unsafe {
-            self.kernels
-                .launch(RawStream(stream.cu_stream().cast()), launch)
-        }
+    fn bind(&self) -> Result<()> {
+        bind(&self.context)
+    }
+
+    fn kernels(&self) -> &Kernels {
+        &self.kernels
     }
 
     /// Refuses what belongs to another context.
@@ -155,20 +149,6 @@ fn bind(context: &CudaContext) -> Result<()> {
     context
         .bind_to_thread()
         .map_err(|e| launch::driver_error("cuCtxSetCurrent", e))
-}
-
-/// Queues `launch` on a stream of the context that is current on the calling thread. Texts are loaded once for each context and stay loaded.
-///
-/// # Safety
-/// As [`Cuda::launch`], and `stream` is a live stream of the current context.
-///
-/// # Errors
-/// [`Error::CudaUnavailable`] without a driver or current context; as [`Cuda::launch`].
-#[allow(unsafe_code)]
-pub unsafe fn launch_raw(stream: RawStream, launch: &Launch) -> Result<()> {
-    let kernels = Kernels::of_current_context()?;
-    // SAFETY: these are the current context's kernels; the rest is the caller's promise.
-    unsafe { kernels.launch(stream, launch) }
 }
 
 /// What plans have to know of the current context's device.

@@ -1,6 +1,6 @@
 //! Texts loaded once per context, kernels looked up once.
 
-use super::launch::{self, LoadedFunction, LoadedModule, RawStream};
+use super::launch::{self, LoadedFunction, LoadedModule};
 use super::plan::{ComputeCapability, DeviceInfo, Launch, Module};
 use super::ptx::ptx;
 use crate::error::{Error, Result};
@@ -52,8 +52,18 @@ impl Kernels {
         Ok(kernels)
     }
 
-    /// Loads the kernel of a launch and whatever it needs, so that the launch itself makes no call but the launch. The context is current.
-    fn function(&self, launch: &Launch) -> Result<LoadedFunction> {
+    /// Loads the kernel of a launch and whatever it needs, unless that has been done. The context is current.
+    ///
+    /// # Errors
+    /// Those of loading; [`Error::Value`] for more shared memory or more tensor maps than there can be.
+    pub(super) fn function(&self, launch: &Launch) -> Result<LoadedFunction> {
+        if launch.has_too_many_maps() {
+            return Err(Error::value(
+                "tensor maps",
+                format_args!("at most {}", Launch::MAX_MAPS),
+                "more",
+            ));
+        }
         let known = self
             .functions
             .read()
@@ -104,38 +114,6 @@ impl Kernels {
         modules.insert(module, loaded);
         Ok(loaded)
     }
-
-    /// Loads what `launch` needs without launching it.
-    pub(super) fn prepare(&self, launch: &Launch) -> Result<()> {
-        check_launch(launch)?;
-        self.function(launch).map(drop)
-    }
-
-    /// Queues a launch; one whose grid has a zero does nothing.
-    ///
-    /// # Safety
-    /// As [`LoadedFunction::launch`]; the context that these kernels belong to is current.
-    #[allow(unsafe_code)]
-    pub(super) unsafe fn launch(&self, stream: RawStream, launch: &Launch) -> Result<()> {
-        check_launch(launch)?;
-        if launch.is_empty() {
-            return Ok(());
-        }
-        let function = self.function(launch)?;
-        // SAFETY: the caller's promise.
-        unsafe { function.launch(stream, launch) }
-    }
-}
-
-fn check_launch(launch: &Launch) -> Result<()> {
-    if launch.has_too_many_maps() {
-        return Err(Error::value(
-            "tensor maps",
-            format_args!("at most {}", Launch::MAX_MAPS),
-            "more",
-        ));
-    }
-    Ok(())
 }
 
 pub(super) fn check_device(compute_capability: ComputeCapability) -> Result<()> {

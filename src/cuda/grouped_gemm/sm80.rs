@@ -1,1 +1,56 @@
-//! Tensor-core products for Ampere and later: the plans of kernels/grouped_gemm_sm80.cu.
+//! Tensor-core products for Ampere and later: the plans of `kernels/grouped_gemm_sm80.cu`. All shapes give the same bits.
+
+use super::params::GroupedGemmParams;
+use super::{Shape, is_aligned, mean_rows};
+use crate::cuda::plan::{DeviceInfo, Launch, Module};
+use crate::element::DType;
+use crate::error::Result;
+
+const fn shape(kernel: &'static str, rows: u32, shared: u32, blocks_per_sm: u32) -> Shape {
+    Shape {
+        kernel,
+        rows,
+        columns: 128,
+        threads: 128,
+        shared,
+        blocks_per_sm,
+    }
+}
+
+/// bf16 and f16 kernels of one shape, from the smallest number of rows up.
+const SHAPES: [[Shape; 2]; 4] = [
+    [
+        shape("moe_grouped_gemm_sm80_bf16_m16", 16, 60464, 3),
+        shape("moe_grouped_gemm_sm80_f16_m16", 16, 60464, 3),
+    ],
+    [
+        shape("moe_grouped_gemm_sm80_bf16_m32", 32, 66608, 3),
+        shape("moe_grouped_gemm_sm80_f16_m32", 32, 66608, 3),
+    ],
+    [
+        shape("moe_grouped_gemm_sm80_bf16_m64", 64, 46128, 3),
+        shape("moe_grouped_gemm_sm80_f16_m64", 64, 46128, 3),
+    ],
+    [
+        shape("moe_grouped_gemm_sm80_bf16_m128", 128, 74816, 2),
+        shape("moe_grouped_gemm_sm80_f16_m128", 128, 74816, 2),
+    ],
+];
+const UNALIGNED: [Shape; 2] = [
+    shape("moe_grouped_gemm_sm80_bf16_m32_unaligned", 32, 66608, 3),
+    shape("moe_grouped_gemm_sm80_f16_m32_unaligned", 32, 66608, 3),
+];
+
+/// A and weights of one 16-bit format.
+pub(super) fn plan_sm80(p: &GroupedGemmParams, device: &DeviceInfo) -> Result<Launch> {
+    let format = usize::from(p.a_dtype == DType::F16 as u32);
+    let shape = match mean_rows(p) {
+        _ if !is_aligned(p, 2) => &UNALIGNED[format],
+        0..=16 => &SHAPES[0][format],
+        17..=32 => &SHAPES[1][format],
+        33..=96 => &SHAPES[2][format],
+        _ => &SHAPES[3][format],
+    };
+    // Fewer blocks fit where shared memory is small (sm_86, sm_89: 99 KiB a block, 100 a multiprocessor); more blocks than fit are harmless, they queue.
+    shape.launch(Module::GroupedGemmSm80, p, device)
+}

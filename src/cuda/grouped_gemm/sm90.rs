@@ -38,7 +38,7 @@ const BOX_ROWS: usize = TILE_COLUMNS / 2;
 /// A producing and two multiplying warpgroups.
 const THREADS: u32 = 384;
 /// `SHARED_BYTES` there: five stages of 40 KiB, four mailboxes with their side tables, barriers.
-const SHARED_BYTES: u32 = 5 * 40960 + 4 * 16 + 4 * 1280 + (10 + 8) * 8;
+const SHARED_BYTES: u32 = 5 * 40960 + 4 * 16 + 4 * 1280 + (10 + 8 + 2) * 8;
 /// Every address and stride of the tensor memory accelerator.
 const ALIGNMENT: u64 = 16;
 /// Bytes of an element of A and B.

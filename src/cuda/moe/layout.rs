@@ -1,0 +1,85 @@
+//! The workspace of a layer: what its stages hand to each other.
+
+use super::{CudaMoeLayer, SharedJoin};
+use crate::cuda::DeviceInfo;
+use crate::cuda::workspace::{Layout, Piece};
+use crate::cuda::{permute, routing};
+use crate::error::Result;
+use crate::permute::PermuteOptions;
+use crate::shape::pairs;
+
+/// Where each piece lies.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pieces {
+    pub(super) logits: Piece,
+    pub(super) ids: Piece,
+    pub(super) weights: Piece,
+    pub(super) route: Piece,
+    pub(super) counts: Piece,
+    pub(super) offsets: Piece,
+    pub(super) pair_of_row: Piece,
+    pub(super) row_of_pair: Piece,
+    pub(super) permute: Piece,
+    pub(super) h: Piece,
+    pub(super) ys: Piece,
+    pub(super) shared_h: Piece,
+    pub(super) shared_y: Piece,
+    pub(super) shared_gate: Piece,
+    /// Rows of h and ys.
+    pub(super) rows: usize,
+    /// Bytes of the whole workspace.
+    pub(super) total: usize,
+}
+
+impl CudaMoeLayer {
+    /// Bytes of device memory that a call needs for up to `max_tokens` tokens, wherever its routing comes from.
+    ///
+    /// # Errors
+    /// [`Error::Overflow`](crate::Error::Overflow) when they do not fit the address space, or the pairs `i32`.
+    pub fn workspace_size(&self, max_tokens: usize, device: &DeviceInfo) -> Result<usize> {
+        self.pieces(max_tokens, device).map(|p| p.total)
+    }
+
+    /// How the pairs are sorted: rows of neighbours, since the products mask what a tile has too much.
+    pub(super) fn permute_options(&self) -> PermuteOptions {
+        PermuteOptions {
+            block: 1,
+            local: Some(self.local_experts.clone()),
+            num_null: self.router.null_experts.count(),
+        }
+    }
+
+    pub(super) fn pieces(&self, tokens: usize, device: &DeviceInfo) -> Result<Pieces> {
+        let (experts, hidden) = (self.router.num_experts, self.hidden);
+        let pairs = pairs(tokens, self.router.slots())?;
+        let options = self.permute_options();
+        let rows = permute::max_rows(pairs, experts, &options)?;
+        let gated = self
+            .shared
+            .is_some_and(|s| s.join == SharedJoin::SigmoidGate);
+        let shared_width = self.shared.map_or(0, |s| s.intermediate);
+        let shared_hidden = self.shared.map_or(0, |_| hidden);
+        let mut layout = Layout::default();
+        let mut add = |factors: &[usize]| layout.add(factors);
+        let mut pieces = Pieces {
+            logits: add(&[tokens, self.router.num_logits(), 4])?,
+            ids: add(&[pairs, 4])?,
+            weights: add(&[pairs, 4])?,
+            route: add(&[routing::workspace_size(&self.router, tokens)?])?,
+            counts: add(&[experts, 4])?,
+            offsets: add(&[experts + 1, 4])?,
+            pair_of_row: add(&[rows, 4])?,
+            row_of_pair: add(&[pairs, 4])?,
+            permute: add(&[permute::workspace_size(pairs, experts, &options, device)?])?,
+            h: add(&[rows, self.intermediate, self.dtype.size()])?,
+            ys: add(&[rows, hidden, self.ys_dtype.size()])?,
+            shared_h: add(&[tokens, shared_width, self.dtype.size()])?,
+            shared_y: add(&[tokens, shared_hidden, 4])?,
+            shared_gate: add(&[if gated { tokens } else { 0 }, 4])?,
+            rows,
+            total: 0,
+        };
+        pieces.total = layout.total();
+        Ok(pieces)
+    }
+}
