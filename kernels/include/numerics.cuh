@@ -171,7 +171,7 @@ MOE_DEVICE float over_one_plus(float n, float e) {
     r = __fmaf_rn(r, __fmaf_rn(neg(d), r, 1.0f), r);
     const float q = __fmul_rn(n, r);
     const float rounded = __fmaf_rn(r, __fmaf_rn(neg(d), q, n), q);
-    return abs(n) < infinity() ? rounded : __fadd_rn(n, e);  // ±∞, and NaN of either
+    return n != 0.0f && abs(n) < infinity() ? rounded : q;  // the correction would lose −0, and make ∞ a NaN
 }
 
 /// 1 / (1 + e⁻ˣ) as `(x < 0 ? e : 1) / (1 + e)` with e = exp(−|x|); error ≤ 2.5 ulp.
