@@ -346,6 +346,105 @@ fn a_launch_hands_over_what_its_plan_says() {
 }
 
 #[test]
+#[ignore = "a scenario, run by other tests"]
+fn scenario_layer() {
+    use moe_kernels::cuda::combine::DeviceRows;
+    use moe_kernels::cuda::moe::{
+        CudaMoeLayer, ExpertPointers, MoePointers, RoutingPointers, WeightPointers,
+    };
+    use moe_kernels::cuda::raw::moe_raw;
+    use moe_kernels::grouped_gemm::Activation;
+    use moe_kernels::routing::RouterConfig;
+    let cuda = Cuda::new(0).unwrap();
+    let (h, i, e) = (64, 32, 8);
+    let layer = CudaMoeLayer::new(
+        RouterConfig::mixtral(e, 2),
+        h,
+        i,
+        Activation::SWIGLU,
+        DType::BF16,
+    )
+    .unwrap();
+    let rows = |at, stride, dtype| DeviceRows {
+        ptr: DevicePtr(at),
+        stride,
+        dtype,
+    };
+    let gate_up = WeightPointers::contiguous(DevicePtr(0x1000_0000), DType::BF16, 2 * i, h);
+    let down = WeightPointers::contiguous(DevicePtr(0x2000_0000), DType::BF16, h, i);
+    let pointers = MoePointers::new(
+        rows(0x3000_0000, h, DType::BF16),
+        RoutingPointers::Logits(rows(0x4000_0000, e, DType::F32)),
+        ExpertPointers::fused(gate_up, i, down),
+        rows(0x5000_0000, h, DType::BF16),
+        DevicePtr(0x6000_0000),
+    );
+    let call = |what, tokens| {
+        println!("begin {what}");
+        // SAFETY: a mock that follows no pointer.
+        say(what, unsafe {
+            moe_raw(RawStream(0x77 as *mut _), &layer, tokens, &pointers)
+        });
+    };
+    call("first call", 300);
+    call("second call", 300);
+    call("no tokens", 0);
+    let bad = MoePointers {
+        workspace: DevicePtr::NULL,
+        ..pointers
+    };
+    // SAFETY: as above.
+    say("no workspace", unsafe {
+        moe_raw(RawStream(0x77 as *mut _), &layer, 300, &bad)
+    });
+    drop(cuda);
+}
+
+/// No allocation, no copy, no wait: after the first call a call is its launches and nothing else.
+#[test]
+fn a_layers_call_only_launches() {
+    for sm in ["80", "90"] {
+        let text = run("scenario_layer", mock(), &[("MOCK_CUDA_SM", sm)]);
+        let part = |from: &str, to: &str| -> String {
+            text.split_once(from)
+                .unwrap()
+                .1
+                .split_once(to)
+                .unwrap()
+                .0
+                .into()
+        };
+        let second = part("begin second call\n", "second call: fine");
+        let calls: Vec<&str> = second.lines().collect();
+        assert!(
+            calls
+                .iter()
+                .all(|line| line.starts_with("mock: cuLaunchKernel")
+                    || line.starts_with("mock: cuTensorMapEncodeTiled")),
+            "{text}"
+        );
+        let launches = calls.iter().filter(|line| line.contains("cuLaunchKernel"));
+        let stems = [
+            "moe_routing_",
+            "moe_permute_",
+            "moe_grouped_gemm_",
+            "moe_grouped_gemm_",
+            "moe_combine_",
+        ];
+        assert_eq!(launches.clone().count(), stems.len(), "{text}");
+        assert!(
+            launches.zip(stems).all(|(line, stem)| line.contains(stem)),
+            "{text}"
+        );
+        assert_eq!(part("begin no tokens\n", "no tokens: fine"), "", "{text}");
+        assert_says(
+            &text,
+            &["no workspace: workspace: expected device memory, got no pointer"],
+        );
+    }
+}
+
+#[test]
 fn every_text_is_for_the_target_that_its_gpus_take() {
     for module in Module::ALL {
         let hopper = module == Module::GroupedGemmSm90;

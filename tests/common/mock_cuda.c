@@ -1,7 +1,7 @@
 /* A libcuda.so.1 that does nothing and writes down what it was asked, so that the host side can be tested without a GPU and without kernels.
  *
  * MOCK_CUDA_DRIVER (12080), MOCK_CUDA_SM (80), MOCK_CUDA_DEVICES (1): what it claims to be. MOCK_CUDA_INIT, MOCK_CUDA_LOAD: what cuInit and
- * cuModuleLoadData return. A kernel's name says what its arguments are: k24 has a struct of 24 bytes, k8m2 one of 8 bytes and two tensor maps. */
+ * cuModuleLoadData return. There is no memory: a call that allocated or copied would not find its function. A kernel's name says what its arguments are: k24 has a struct of 24 bytes, k8m2 one of 8 bytes and two tensor maps. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -41,7 +41,7 @@ int cuCtxGetCurrent(handle *context) { return *context = current, 0; }
 int cuCtxSetCurrent(handle context) { return current = context, 0; }
 int cuCtxGetDevice(int *device) { return *device = (int)(intptr_t)current - 0x1000, 0; }
 int cuCtxGetId(handle context, uint64_t *id) { return *id = (uint64_t)(intptr_t)context * 7, 0; }
-int cuCtxSynchronize(void) { return 0; }
+int cuCtxSynchronize(void) { return SAY("cuCtxSynchronize\n"), 0; }
 int cuStreamCreate(handle *stream, unsigned flags) { return *stream = (handle)(intptr_t)(0x5000 + flags), 0; }
 int cuStreamDestroy_v2(handle stream) { return stream == 0; }
 int cuGetErrorName(int code, const char **name) { return *name = code == 222 ? "CUDA_ERROR_UNSUPPORTED_PTX_VERSION" : "MOCK_ERROR", 0; }
