@@ -265,8 +265,7 @@ pub fn main() -> Result<()> {
     let mut worst = 0f64;
     for (i, (found, (y, bound))) in expected.iter().zip(y.iter().zip(&bound)).enumerate() {
         let share = (found.to_f64() - y).abs() / bound;
-        // Written so that NaN fails.
-        if !(share <= 1.0) {
+        if share.is_nan() || share > 1.0 {
             return Err(format!(
                 "token {}, feature {}: {found}, expected {y} ± {bound}",
                 i / H,

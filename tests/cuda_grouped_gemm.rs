@@ -109,10 +109,8 @@ impl Case {
         }
         let mut pair_of_row = vec![u32::MAX; rows];
         let offsets = self.offsets();
-        for expert in 0..e {
-            for r in offsets[expert]..offsets[expert] + self.counts[expert] {
-                pair_of_row[r] = pairs.pop().unwrap();
-            }
+        for (first, &count) in offsets.iter().zip(&self.counts) {
+            pair_of_row[*first..first + count].fill_with(|| pairs.pop().unwrap());
         }
         let weight = |rng: &mut Rng| {
             let v: Vec<f32> = rng.normals(e * self.n * self.k);
@@ -402,7 +400,7 @@ fn check_against_f64(case: &Case, data: &Data, found: &[f32]) {
     for e in 0..case.counts.len() {
         for r in offsets[e]..offsets[e] + case.counts[e] {
             let pair = data.pair_of_row[r] as usize;
-            let source = if case.slots > 0 { pair / case.slots } else { r };
+            let source = pair.checked_div(case.slots).unwrap_or(r);
             let scale = if case.scale && case.slots > 0 {
                 f64::from(data.scale[pair])
             } else {
