@@ -13,7 +13,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use half::bf16;
 use micro::{distinct_ids, medians, normals, quick};
 use moe_kernels::combine::{Combine, Routed, combine_into};
-use moe_kernels::cpu::roofline::read_bandwidth;
+use moe_kernels::cpu::roofline::{read_bandwidth, read_buffer};
 use moe_kernels::permute::Permutation;
 use moe_kernels::{AnyMatMut, Cpu, DType, MatMut, MatRef};
 use std::hint::black_box;
@@ -112,7 +112,7 @@ fn problems() -> Vec<Problem> {
 
 fn table(problems: &[Problem]) {
     let all = Cpu::from_env().expect("MOE_KERNELS_ISA");
-    let buffer = vec![1.0f32; if quick() { 1 << 16 } else { 1 << 26 }];
+    let buffer = read_buffer(if quick() { 1 << 16 } else { 1 << 26 });
     println!("isa {}; medians; GB/s by the least traffic", all.isa());
     println!(
         "{:20} {:>5} {:>5} {:>7} {:>11} {:>7} {:>7} {:>7} {:>11}",

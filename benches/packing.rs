@@ -14,7 +14,7 @@ mod micro;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::{bf16, f16};
 use micro::{normals, quick};
-use moe_kernels::cpu::roofline::read_bandwidth;
+use moe_kernels::cpu::roofline::{read_bandwidth, read_buffer};
 use moe_kernels::grouped_gemm::{Groups, PackedMatrices, grouped_gemm_into, scratch_bytes};
 use moe_kernels::{AnyMatRef, Cpu, DType, MatMut, MatRef};
 use rayon::prelude::*;
@@ -238,7 +238,7 @@ fn line(p: &Problem, cpu: &Cpu, buffer: &[f32]) {
 
 fn bench(c: &mut Criterion) {
     let all = Cpu::from_env().expect("MOE_KERNELS_ISA");
-    let buffer = vec![1.0f32; if quick() { 1 << 16 } else { 1 << 26 }];
+    let buffer = read_buffer(if quick() { 1 << 16 } else { 1 << 26 });
     let same = DType::ALL.map(|d| (d, d));
     let mut cases: Vec<_> = same.iter().map(|&(s, p)| (s, p, false)).collect();
     cases.extend(same.iter().map(|&(s, p)| (s, p, true)));

@@ -10,7 +10,7 @@
 mod micro;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use moe_kernels::cpu::roofline::read_bandwidth;
+use moe_kernels::cpu::roofline::{read_bandwidth, read_buffer};
 use moe_kernels::reference;
 use moe_kernels::routing::{
     RankBy, Renorm, RouteInput, Router, RouterConfig, Routing, Score, Selection, WeightSource,
@@ -273,7 +273,7 @@ fn score_functions(experts: usize, k: usize) -> Vec<(&'static str, Router)> {
 /// Nanoseconds a token on one thread, and the ratio to softmax.
 fn score_table() {
     let cpu = isa().single_threaded();
-    let buffer = vec![1.0f32; if micro::quick() { 1 << 16 } else { 1 << 26 }];
+    let buffer = read_buffer(if micro::quick() { 1 << 16 } else { 1 << 26 });
     let read = read_bandwidth(&cpu, &buffer, Duration::from_millis(300));
     println!(
         "isa {}, one thread, K 8, ns a token (× softmax); read {:.1} GB/s",

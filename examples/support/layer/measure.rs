@@ -69,7 +69,7 @@ impl Machine {
     pub fn measure(cpu: &Cpu) -> Self {
         let mut machine = Self {
             ceilings: Ceilings::default(),
-            probe: vec![1.0f32; PROBE_BYTES / 4],
+            probe: roofline::read_buffer(PROBE_BYTES / 4),
         };
         let ceilings = &mut machine.ceilings;
         ceilings.see_arithmetic(cpu, Duration::from_millis(300));
