@@ -61,6 +61,8 @@ struct Case {
     strict: bool,
     /// Rows that the plan is told of beyond those that there are: steers the choice of a tile.
     spare: usize,
+    /// Offsets, counts and pairs are nonsense on the device.
+    hostile: bool,
     seed: u64,
 }
 
@@ -82,6 +84,7 @@ impl Case {
             numerics: Numerics::TensorCores,
             strict: true,
             spare: 0,
+            hostile: false,
             seed: 7,
         }
     }
@@ -293,7 +296,18 @@ fn on_gpu(gpu: &Gpu, case: &Case, data: &Data) -> (Vec<f32>, &'static str) {
     let scale = gpu.upload(&data.scale);
     let offsets: Vec<i32> = case.offsets().iter().map(|&o| o as i32).collect();
     let counts: Vec<i32> = case.counts.iter().map(|&c| c as i32).collect();
-    let (offsets, counts) = (gpu.upload(&offsets), gpu.upload(&counts));
+    let (mut offsets, mut counts) = (gpu.upload(&offsets), gpu.upload(&counts));
+    let mut pairs = pairs;
+    if case.hostile {
+        let e = case.counts.len();
+        let bad = |i: usize| [2, i32::MAX, -7, 1000, 0, i32::MIN, 3, 1][i % 8];
+        gpu.write(
+            &mut offsets,
+            &(0..=e).map(|i| bad(i + 3)).collect::<Vec<_>>(),
+        );
+        gpu.write(&mut counts, &(0..e).map(bad).collect::<Vec<_>>());
+        gpu.write(&mut pairs, &vec![u32::MAX - 1; rows]);
+    }
     let (gate_bias, up_bias) = (gpu.upload(&data.gate_bias), gpu.upload(&data.up_bias));
     let capacity = rows + case.spare;
     let out = gpu.filled::<u8>(capacity * stride * size, 0xff);
@@ -360,7 +374,7 @@ fn on_gpu(gpu: &Gpu, case: &Case, data: &Data) -> (Vec<f32>, &'static str) {
     for r in 0..capacity {
         for c in 0..stride {
             let element = &raw[(r * stride + c) * size..][..size];
-            if real[r] && c < n {
+            if (real[r] || case.hostile) && c < n {
                 values[r * n + c] = decoded(case.out, element);
             } else {
                 assert!(
@@ -562,7 +576,7 @@ fn every_tile_gives_the_same_bits_near_f64() {
             }
             assert_eq!(
                 kernels.len(),
-                if dtype == DType::F32 { 2 } else { 3 },
+                if dtype == DType::F32 { 2 } else { 4 },
                 "{kernels:?}"
             );
         }
@@ -624,7 +638,24 @@ fn no_rows_write_nothing_and_one_expert_may_have_all() {
     }
 }
 
-/// What the host knows bounds what kernels touch, however wrong the device's numbers are: the emulator and memcheck would say so.
+/// What the host knows bounds what kernels touch, however wrong the device's numbers are: the emulator and memcheck tell of the rest.
+#[test]
+fn numbers_on_the_device_cannot_lead_outside() {
+    let Some(gpu) = gpu::open() else { return };
+    for (dtype, strict) in [
+        (DType::BF16, false),
+        (DType::BF16, true),
+        (DType::F32, true),
+    ] {
+        let case = Case {
+            strict,
+            hostile: true,
+            ..Case::new(dtype, &[3, 0, 2, 2, 1, 0, 0, 0], 24, 40)
+        };
+        on_gpu(&gpu, &case, &case.data());
+    }
+}
+
 #[test]
 fn more_experts_than_a_chunk_of_the_schedule() {
     let Some(gpu) = gpu::open() else { return };
@@ -665,7 +696,7 @@ proptest! {
             activation: if gated { Activation::SWIGLU } else { LINEAR },
             slots, bias, scale: scale && slots > 0, layout,
             numerics: if tf32 { Numerics::Tf32 } else { Numerics::TensorCores },
-            strict, spare: 0, seed,
+            strict, spare: 0, hostile: false, seed,
         };
         let data = case.data();
         let (found, _) = on_gpu(&gpu, &case, &data);
