@@ -2,7 +2,7 @@
 
 use super::packing::PanelLayout;
 use crate::cpu::out_rows::OutRows;
-use crate::cpu::simd::{Simd, math};
+use crate::cpu::simd::{Op, Simd, math};
 use crate::grouped_gemm::{Activation, ActivationFunction, Clamp};
 
 /// `clamp(v, −limit, limit)`; NaN passes, since `min` and `max` return their second operand for it.
@@ -63,34 +63,68 @@ fn activate<S: Simd>(s: S, activation: &Activation, g: S::F, u: S::F) -> S::F {
 /// Finishes one panel's block of sums `c [rows][NR]` and stores it at output rows `first_row ..`.
 ///
 /// Two passes over a block that lies in L1: the choice of the activation and that of the output's format are made once for each, not once a row.
-///
-/// # Safety
-/// As [`OutRows::write_block`], for the panel's columns of these rows.
-#[inline(always)]
-pub(crate) unsafe fn finish_panel<S: Simd>(
-    s: S,
-    layout: &PanelLayout,
+pub(crate) struct FinishPanel<'a> {
+    layout: &'a PanelLayout,
     panel: usize,
-    c: &mut [f32],
-    bias: Option<&[f32]>,
-    activation: Option<&Activation>,
+    c: &'a mut [f32],
+    bias: Option<&'a [f32]>,
+    activation: Option<&'a Activation>,
     out: OutRows,
     first_row: usize,
     stream: bool,
-) {
-    let nr = 2 * S::LANES;
-    let columns = layout.columns_per_panel();
-    let col = panel * columns;
-    if let Some(bias) = bias {
-        add_bias(s, c, &bias[panel * nr..][..nr]);
+}
+
+impl<'a> FinishPanel<'a> {
+    /// # Safety
+    /// As [`OutRows::write_block`], for the panel's columns of these rows, when it runs.
+    #[inline(always)]
+    pub(crate) unsafe fn new(
+        layout: &'a PanelLayout,
+        panel: usize,
+        c: &'a mut [f32],
+        bias: Option<&'a [f32]>,
+        activation: Option<&'a Activation>,
+        out: OutRows,
+        first_row: usize,
+        stream: bool,
+    ) -> Self {
+        Self {
+            layout,
+            panel,
+            c,
+            bias,
+            activation,
+            out,
+            first_row,
+            stream,
+        }
     }
-    match activation {
-        None => {}
-        Some(&Activation::SWIGLU) => swiglu(s, c),
-        Some(activation) => activate_block(s, activation, c),
+}
+
+impl Op for FinishPanel<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { layout, c, .. } = self;
+        let nr = 2 * S::LANES;
+        let columns = layout.columns_per_panel();
+        let col = self.panel * columns;
+        if let Some(bias) = self.bias {
+            add_bias(s, c, &bias[self.panel * nr..][..nr]);
+        }
+        match self.activation {
+            None => {}
+            Some(&Activation::SWIGLU) => swiglu(s, c),
+            Some(activation) => activate_block(s, activation, c),
+        }
+        let valid = columns.min(layout.n - col);
+        // SAFETY: `new`'s contract. A gated panel's right half is not among the valid columns.
+        unsafe {
+            self.out
+                .write_block(s, self.first_row, col, valid, c, self.stream)
+        };
     }
-    // SAFETY: the caller's contract. A gated panel's right half is not among the valid columns.
-    unsafe { out.write_block(s, first_row, col, columns.min(layout.n - col), c, stream) };
 }
 
 #[inline(always)]

@@ -50,7 +50,7 @@ use crate::element::DType;
 use crate::grouped_gemm::{Activation, Groups, PackedMatrices};
 use crate::matrix::AnyMatMut;
 use core::ops::Range;
-use epilogue::finish_panel;
+use epilogue::FinishPanel;
 use kernel::{
     Kernel, LINE, MicroKernel, PanelBf16, PanelBf16Dot, PanelF16, PanelF32, Prefetch, TileArgs,
     UNROLL,
@@ -227,20 +227,19 @@ impl Op for Worker<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let product = self.product;
         // SAFETY: none but the last is a native dot, and `Cpu::native_bf16` is only true where the CPU has it.
         unsafe {
-            match product.weights.dtype() {
-                DType::F32 => self.run_units(s, Kernel::<S, PanelF32>::new(s)),
-                DType::F16 => self.run_units(s, Kernel::<S, PanelF16>::new(s)),
+            match self.product.weights.dtype() {
+                DType::F32 => self.with(s, Kernel::<S, PanelF32>::new(s)),
+                DType::F16 => self.with(s, Kernel::<S, PanelF16>::new(s)),
                 DType::BF16 => {
                     if const { S::BF16_DOT }
                         && self.native_bf16
-                        && product.source.dtype() == DType::BF16
+                        && self.product.source.dtype() == DType::BF16
                     {
-                        self.run_units(s, Kernel::<S, PanelBf16Dot>::new(s));
+                        self.with(s, Kernel::<S, PanelBf16Dot>::new(s));
                     } else {
-                        self.run_units(s, Kernel::<S, PanelBf16>::new(s));
+                        self.with(s, Kernel::<S, PanelBf16>::new(s));
                     }
                 }
             }
@@ -248,7 +247,67 @@ impl Op for Worker<'_> {
     }
 }
 
+/// A worker with its kernel, and below it the parts of its loop, are functions of their own: in a build without optimisation every value that is inlined has a
+/// place of its own on the stack, and all of them together overflowed the 2 MiB of a thread.
+struct With<'a, K> {
+    worker: Worker<'a>,
+    kernel: K,
+}
+
+impl<K: MicroKernel> Op for With<'_, K> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.worker.run_units(s, self.kernel);
+    }
+}
+
+/// [`rows::pack_rows`] as a function of its own.
+struct PackRows<'a, const PAIRS: bool> {
+    source: &'a RowSource<'a>,
+    rows: Range<usize>,
+    lines: Range<usize>,
+    out: &'a mut [f32],
+}
+
+impl<const PAIRS: bool> PackRows<'_, PAIRS> {
+    /// # Safety
+    /// That of [`rows::pack_rows`], when it runs.
+    unsafe fn new<'a>(
+        source: &'a RowSource<'a>,
+        rows: Range<usize>,
+        lines: Range<usize>,
+        out: &'a mut [f32],
+    ) -> PackRows<'a, PAIRS> {
+        PackRows {
+            source,
+            rows,
+            lines,
+            out,
+        }
+    }
+}
+
+impl<const PAIRS: bool> Op for PackRows<'_, PAIRS> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // SAFETY: `new`'s contract.
+        unsafe { rows::pack_rows::<S, PAIRS>(s, self.source, self.rows, self.lines, self.out) }
+    }
+}
+
 impl Worker<'_> {
+    #[inline(always)]
+    fn with<S: Simd, K: MicroKernel>(self, s: S, kernel: K) {
+        s.outline(With {
+            worker: self,
+            kernel,
+        });
+    }
+
     #[inline(always)]
     fn run_units<S: Simd, K: MicroKernel>(self, s: S, kernel: K) {
         let product = self.product;
@@ -341,10 +400,11 @@ impl Task<'_> {
             let rows = rows.start + from..rows.start + to;
             // SAFETY: `Product::new`'s contract; an earlier product that writes these rows is done (`Units::wait`).
             unsafe {
+                let (source, lines) = (&self.product.source, lines.clone());
                 if K::NATIVE_DOT {
-                    rows::pack_rows::<S, true>(s, &self.product.source, rows, lines.clone(), tile);
+                    s.outline(PackRows::<true>::new(source, rows, lines, tile));
                 } else {
-                    rows::pack_rows::<S, false>(s, &self.product.source, rows, lines.clone(), tile);
+                    s.outline(PackRows::<false>::new(source, rows, lines, tile));
                 }
             }
         }
@@ -391,8 +451,7 @@ impl Task<'_> {
                 for (i, c) in c.chunks_exact_mut(block_floats).enumerate() {
                     // SAFETY: the rows and panels of this run are inside `out` (checked at the door) and no other run has them; `Product::new`'s contract.
                     unsafe {
-                        finish_panel(
-                            s,
+                        s.outline(FinishPanel::new(
                             layout,
                             panel + i,
                             c,
@@ -401,7 +460,7 @@ impl Task<'_> {
                             product.out,
                             self.run.rows.start,
                             product.stream,
-                        );
+                        ));
                     }
                 }
             }
