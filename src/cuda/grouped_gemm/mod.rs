@@ -411,7 +411,10 @@ impl Shape {
         device: &DeviceInfo,
     ) -> Result<Launch> {
         let tiles = most_tiles(p, self.rows, self.columns)?;
-        let resident = u64::from(device.sm_count.max(1)) * u64::from(self.blocks_per_sm);
+        // A block costs 1 KiB more than it asks for, and a multiprocessor has 1 KiB more than one block may have.
+        let fit = (device.shared_per_block + 1024) / (self.shared + 1024);
+        let per_sm = self.blocks_per_sm.min(fit.max(1));
+        let resident = u64::from(device.sm_count.max(1)) * u64::from(per_sm);
         let blocks = if p.a_rows == 0 {
             0
         } else {

@@ -49,8 +49,9 @@ pub(super) fn plan_sm80(p: &GroupedGemmParams, device: &DeviceInfo) -> Result<La
         0..=16 => &SHAPES[0][format],
         17..=32 => &SHAPES[1][format],
         33..=96 => &SHAPES[2][format],
+        // One block of m128 would be alone on a multiprocessor (sm_86, sm_89, sm_120: 99 KiB a block), four warps with nobody to cover their waits.
+        _ if device.shared_per_block < 2 * SHAPES[3][format].shared => &SHAPES[2][format],
         _ => &SHAPES[3][format],
     };
-    // Fewer blocks fit where shared memory is small (sm_86, sm_89: 99 KiB a block, 100 a multiprocessor); more blocks than fit are harmless, they queue.
     shape.launch(Module::GroupedGemmSm80, p, device)
 }
