@@ -429,11 +429,11 @@ impl Shape {
 
 /// Whether A and the weights can be read 16 bytes at a time: rows begin on 16 bytes. (K itself may be anything.)
 fn is_aligned(p: &GroupedGemmParams, element: u64) -> bool {
-    let several = i64::from(p.experts > 1);
-    let strides = p.a_row_stride
-        | p.gate_row_stride
-        | p.up_row_stride
-        | (p.gate_expert_stride | p.up_expert_stride) * several;
+    let between_experts = match p.experts {
+        0 | 1 => 0,
+        _ => p.gate_expert_stride | p.up_expert_stride,
+    };
+    let strides = p.a_row_stride | p.gate_row_stride | p.up_row_stride | between_experts;
     (p.a.0 | p.gate.0 | p.up.0 | (strides as u64).wrapping_mul(element)).is_multiple_of(16)
 }
 
