@@ -37,7 +37,7 @@ struct ExactShape {
     static constexpr int StageBytes = (Rows + Columns) * BlockBytes;
     static constexpr int StripRows = 32 / Tx;  // rows of a warp for one i
     static constexpr int StripBytes = StripRows * Columns * 4;
-    static constexpr int SharedBytes = Stages * StageBytes + Threads / 32 * StripBytes + Stages * 16;
+    static constexpr int SharedBytes = Stages * StageBytes + Threads / 32 * StripBytes + (Stages + 1) * 16;
     static_assert(PassesA >= 1 && RowsPerPass % 16 == 0 && Tx <= 32, "");
 };
 
@@ -200,7 +200,7 @@ MOE_DEVICE void exact_product(const GroupedGemmParams& p, unsigned char* shared)
         for (uint32_t k_byte = 0; k_byte < k_bytes; k_byte += Shape::BlockBytes) {
             ptx::cp_async_wait<Shape::Stages - 2>();
             __syncthreads();  // this block is there, and everybody has left the one before
-            tile = ring[done % Shape::Stages];
+            tile = ring[done % (Shape::Stages + 1)];
             if (tile.expert == Tile::None) break;
 #pragma unroll
             for (int i = 0; i < Loader::Parts; ++i) loader.copy_part(p, k_bytes, stages + write, i);
@@ -231,8 +231,8 @@ using Tf32M128 = grouped::TileShape<128, 128, 64, 2, 2, 4>;
 using Tf32M32 = grouped::TileShape<32, 128, 128, 1, 4, 3>;
 
 // Mirrored in src/cuda/grouped_gemm/f32.rs.
-static_assert(ExactM128::SharedBytes == 57392 && ExactM16::SharedBytes == 57392 && ExactAny::SharedBytes == 63536, "");
-static_assert(Tf32M128::SharedBytes == 74816 && Tf32M32::SharedBytes == 66608, "");
+static_assert(ExactM128::SharedBytes == 57408 && ExactM16::SharedBytes == 57408 && ExactAny::SharedBytes == 63552, "");
+static_assert(Tf32M128::SharedBytes == 74832 && Tf32M32::SharedBytes == 66624, "");
 
 }  // namespace
 

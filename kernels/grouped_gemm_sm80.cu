@@ -28,7 +28,7 @@ using M32 = grouped::TileShape<32, 128, 128, 1, 4, 3>;
 using M16 = grouped::TileShape<16, 128, 128, 1, 4, 3>;
 
 // Mirrored in src/cuda/grouped_gemm/sm80.rs.
-static_assert(M128::SharedBytes == 74816 && M64::SharedBytes == 46128 && M32::SharedBytes == 66608 && M16::SharedBytes == 60464, "");
+static_assert(M128::SharedBytes == 74832 && M64::SharedBytes == 46144 && M32::SharedBytes == 66624 && M16::SharedBytes == 60480, "");
 
 #define KERNEL(name, Format, Shape, Aligned, BlocksPerSm)                                                                              \
     extern "C" __global__ void __launch_bounds__(Shape::Threads, BlocksPerSm) name(const __grid_constant__ GroupedGemmParams p) {      \

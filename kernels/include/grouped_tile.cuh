@@ -68,7 +68,7 @@ struct TileShape {
     static constexpr int StageBytes = (Rows + Columns) * BlockBytes;
     static constexpr int StripFloats = WarpColumns + 8;  // rows 8 banks apart: float2 stores of four rows meet no conflict
     static constexpr int StripBytes = 8 * StripFloats * 4;
-    static constexpr int SharedBytes = Stages * StageBytes + WarpsM * WarpsN * StripBytes + Stages * 16;
+    static constexpr int SharedBytes = Stages * StageBytes + WarpsM * WarpsN * StripBytes + (Stages + 1) * 16;
     static_assert(BlockBytes == 64 || BlockBytes == 128, "64 bytes are the unit that K is rounded up to");
     static_assert(Mi >= 1 && Ni % 2 == 0 && PassesA >= 1 && RowsPerPass % 16 == 0, "one of the loops would be empty");
 };
@@ -98,7 +98,9 @@ struct TileLoader {
         Tile tile = {};
         more = finder.find(p, column_tiles, next_tile, tile);
         if (!more) tile.expert = Tile::None;
-        if (threadIdx.x == 0) ring[opened % Shape::Stages] = tile;
+        // The tiles from the one in work to the one opened here are Stages + 1 at most: with one place less, a warp that is late in reading
+        // the tile in work would find this one (the emulator did, under two of its seeds).
+        if (threadIdx.x == 0) ring[opened % (Shape::Stages + 1)] = tile;
         ++opened;
         next_tile += gridDim.x;
         k_byte = 0;
@@ -273,7 +275,7 @@ MOE_DEVICE void tile_product(const GroupedGemmParams& p, unsigned char* shared) 
     for (uint32_t done = 0;; ++done) {
         ptx::cp_async_wait<Shape::Stages - 2>();
         __syncthreads();
-        const Tile tile = ring[done % Shape::Stages];
+        const Tile tile = ring[done % (Shape::Stages + 1)];
         if (tile.expert == Tile::None) break;
         float acc[Shape::Mi][Shape::Ni][4] = {};
         Fragments<Format, Shape> fragments[2];

@@ -25,12 +25,12 @@ const fn shape(
     }
 }
 
-const EXACT_M128: Shape = shape("moe_grouped_gemm_f32_exact_m128", 128, 256, 57392, 2);
-const EXACT_M16: Shape = shape("moe_grouped_gemm_f32_exact_m16", 16, 128, 57392, 3);
-const EXACT_ANY: Shape = shape("moe_grouped_gemm_f32_exact_any", 32, 128, 63536, 3);
-const TF32_M128: Shape = shape("moe_grouped_gemm_f32_tf32_m128", 128, 128, 74816, 2);
-const TF32_M32: Shape = shape("moe_grouped_gemm_f32_tf32_m32", 32, 128, 66608, 3);
-const TF32_UNALIGNED: Shape = shape("moe_grouped_gemm_f32_tf32_m32_unaligned", 32, 128, 66608, 3);
+const EXACT_M128: Shape = shape("moe_grouped_gemm_f32_exact_m128", 128, 256, 57408, 2);
+const EXACT_M16: Shape = shape("moe_grouped_gemm_f32_exact_m16", 16, 128, 57408, 3);
+const EXACT_ANY: Shape = shape("moe_grouped_gemm_f32_exact_any", 32, 128, 63552, 3);
+const TF32_M128: Shape = shape("moe_grouped_gemm_f32_tf32_m128", 128, 128, 74832, 2);
+const TF32_M32: Shape = shape("moe_grouped_gemm_f32_tf32_m32", 32, 128, 66624, 3);
+const TF32_UNALIGNED: Shape = shape("moe_grouped_gemm_f32_tf32_m32_unaligned", 32, 128, 66624, 3);
 
 /// Mean rows of an expert from which the tile of 128 rows is taken.
 const MANY_ROWS: u32 = 64;

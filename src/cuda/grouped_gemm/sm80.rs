@@ -20,25 +20,25 @@ const fn shape(kernel: &'static str, rows: u32, shared: u32, blocks_per_sm: u32)
 /// bf16 and f16 kernels of one shape, from the smallest number of rows up.
 const SHAPES: [[Shape; 2]; 4] = [
     [
-        shape("moe_grouped_gemm_sm80_bf16_m16", 16, 60464, 3),
-        shape("moe_grouped_gemm_sm80_f16_m16", 16, 60464, 3),
+        shape("moe_grouped_gemm_sm80_bf16_m16", 16, 60480, 3),
+        shape("moe_grouped_gemm_sm80_f16_m16", 16, 60480, 3),
     ],
     [
-        shape("moe_grouped_gemm_sm80_bf16_m32", 32, 66608, 3),
-        shape("moe_grouped_gemm_sm80_f16_m32", 32, 66608, 3),
+        shape("moe_grouped_gemm_sm80_bf16_m32", 32, 66624, 3),
+        shape("moe_grouped_gemm_sm80_f16_m32", 32, 66624, 3),
     ],
     [
-        shape("moe_grouped_gemm_sm80_bf16_m64", 64, 46128, 3),
-        shape("moe_grouped_gemm_sm80_f16_m64", 64, 46128, 3),
+        shape("moe_grouped_gemm_sm80_bf16_m64", 64, 46144, 3),
+        shape("moe_grouped_gemm_sm80_f16_m64", 64, 46144, 3),
     ],
     [
-        shape("moe_grouped_gemm_sm80_bf16_m128", 128, 74816, 2),
-        shape("moe_grouped_gemm_sm80_f16_m128", 128, 74816, 2),
+        shape("moe_grouped_gemm_sm80_bf16_m128", 128, 74832, 2),
+        shape("moe_grouped_gemm_sm80_f16_m128", 128, 74832, 2),
     ],
 ];
 const UNALIGNED: [Shape; 2] = [
-    shape("moe_grouped_gemm_sm80_bf16_m32_unaligned", 32, 66608, 3),
-    shape("moe_grouped_gemm_sm80_f16_m32_unaligned", 32, 66608, 3),
+    shape("moe_grouped_gemm_sm80_bf16_m32_unaligned", 32, 66624, 3),
+    shape("moe_grouped_gemm_sm80_f16_m32_unaligned", 32, 66624, 3),
 ];
 
 /// A and weights of one 16-bit format.
@@ -49,8 +49,9 @@ pub(super) fn plan_sm80(p: &GroupedGemmParams, device: &DeviceInfo) -> Result<La
         0..=16 => &SHAPES[0][format],
         17..=32 => &SHAPES[1][format],
         33..=96 => &SHAPES[2][format],
+        // One block of m128 would be alone on a multiprocessor (sm_86, sm_89, sm_120: 99 KiB a block), four warps with nobody to cover their waits.
+        _ if device.shared_per_block < 2 * SHAPES[3][format].shared => &SHAPES[2][format],
         _ => &SHAPES[3][format],
     };
-    // Fewer blocks fit where shared memory is small (sm_86, sm_89: 99 KiB a block, 100 a multiprocessor); more blocks than fit are harmless, they queue.
     shape.launch(Module::GroupedGemmSm80, p, device)
 }
