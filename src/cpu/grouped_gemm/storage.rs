@@ -8,6 +8,7 @@
 
 use super::packing::CacheLine;
 use core::mem::MaybeUninit;
+use core::ops::Range;
 
 /// Bytes of a slab once the set has grown to that. What is not used of it has never been touched, so it is address space and not memory; Linux only
 /// counts what is touched, so only there are slabs larger than their matrix.
@@ -75,12 +76,13 @@ impl Storage {
             .push(Slab::new(matrices * self.lines, self.len()));
     }
 
-    fn locate(&self, index: usize) -> (&Slab, usize) {
-        let i = self
+    /// The slab of matrix `index`, and its lines there: among the first `matrices · lines`, which are written.
+    fn locate(&self, index: usize) -> (usize, Range<usize>) {
+        let slab = self
             .slabs
             .partition_point(|s| s.before + s.matrices <= index);
-        let slab = &self.slabs[i];
-        (slab, (index - slab.before) * self.lines)
+        let first = (index - self.slabs[slab].before) * self.lines;
+        (slab, first..first + self.lines)
     }
 
     /// Matrix `index`.
@@ -88,12 +90,10 @@ impl Storage {
     /// # Panics
     /// When there are not so many.
     pub(crate) fn get(&self, index: usize) -> &[CacheLine] {
-        let (slab, first) = self.locate(index);
-        let written = &slab.memory[..slab.matrices * self.lines];
-        // SAFETY: `push` counts a matrix after its lines have been written.
-        let written =
-            unsafe { &*(written as *const [MaybeUninit<CacheLine>] as *const [CacheLine]) };
-        &written[first..][..self.lines]
+        let (slab, lines) = self.locate(index);
+        let lines = &self.slabs[slab].memory[lines];
+        // SAFETY: `push` counts a matrix after its lines have been written, and `locate` finds those that are counted.
+        unsafe { &*(lines as *const [MaybeUninit<CacheLine>] as *const [CacheLine]) }
     }
 
     /// Matrix `index`, to be written over.
@@ -101,17 +101,10 @@ impl Storage {
     /// # Panics
     /// When there are not so many.
     pub(crate) fn get_mut(&mut self, index: usize) -> &mut [CacheLine] {
-        let lines = self.lines;
-        let i = self
-            .slabs
-            .partition_point(|s| s.before + s.matrices <= index);
-        let slab = &mut self.slabs[i];
-        let first = (index - slab.before) * lines;
-        let written = &mut slab.memory[..slab.matrices * lines];
+        let (slab, lines) = self.locate(index);
+        let lines = &mut self.slabs[slab].memory[lines];
         // SAFETY: as in `get`; the type lets nobody put uninitialised bytes there.
-        let written =
-            unsafe { &mut *(written as *mut [MaybeUninit<CacheLine>] as *mut [CacheLine]) };
-        &mut written[first..][..lines]
+        unsafe { &mut *(lines as *mut [MaybeUninit<CacheLine>] as *mut [CacheLine]) }
     }
 }
 
