@@ -4,8 +4,8 @@ use super::cpu::moe_cpu;
 use super::handle::shared;
 use super::memory::{OutSlice, Regions, moe_matrix, probe};
 use super::status::*;
-use crate::AnyMatRef;
 use crate::losses::{LossScratch, load_balancing, router_z, switch_load_balancing, update_bias};
+use crate::{AnyMatRef, Cpu};
 
 /// Describes the gradient, if it is wanted.
 ///
@@ -90,25 +90,11 @@ pub unsafe extern "C" fn moe_switch_load_balancing_loss(
 ) -> moe_status {
     guard(|| {
         // SAFETY: the caller's contract.
-        let cpu = unsafe { shared(cpu) }?;
-        let mut regions = Regions::new();
-        // SAFETY: the caller's contract.
-        let (logits, grad, value) = unsafe {
-            (
-                regions.matrix("logits", logits)?,
-                gradient(&mut regions, grad, grad_len)?,
-                regions.slice_mut("value", value, 1)?,
-            )
-        };
-        let apart = regions.apart()?;
-        let logits = logits.view(&apart)?;
-        let grad = grad.map(|g| g.get(&apart));
-        check_memory(&logits)?;
-        let loss = cpu.run(|cpu| {
-            switch_load_balancing(cpu, logits, group_tokens, grad, &mut LossScratch::default())
-        })?;
-        value.get(&apart)[0] = loss;
-        Ok(())
+        unsafe {
+            of_logits(cpu, logits, grad, grad_len, value, |cpu, logits, grad| {
+                switch_load_balancing(cpu, logits, group_tokens, grad, &mut LossScratch::default())
+            })
+        }
     })
 }
 
@@ -126,24 +112,43 @@ pub unsafe extern "C" fn moe_router_z_loss(
 ) -> moe_status {
     guard(|| {
         // SAFETY: the caller's contract.
-        let cpu = unsafe { shared(cpu) }?;
-        let mut regions = Regions::new();
-        // SAFETY: the caller's contract.
-        let (logits, grad, value) = unsafe {
-            (
-                regions.matrix("logits", logits)?,
-                gradient(&mut regions, grad, grad_len)?,
-                regions.slice_mut("value", value, 1)?,
-            )
-        };
-        let apart = regions.apart()?;
-        let logits = logits.view(&apart)?;
-        let grad = grad.map(|g| g.get(&apart));
-        check_memory(&logits)?;
-        let loss = cpu.run(|cpu| router_z(cpu, logits, grad, &mut LossScratch::default()))?;
-        value.get(&apart)[0] = loss;
-        Ok(())
+        unsafe {
+            of_logits(cpu, logits, grad, grad_len, value, |cpu, logits, grad| {
+                router_z(cpu, logits, grad, &mut LossScratch::default())
+            })
+        }
     })
+}
+
+/// A loss that reads nothing but logits.
+///
+/// # Safety
+/// As moe_load_balancing_loss.
+unsafe fn of_logits(
+    cpu: *const moe_cpu,
+    logits: *const moe_matrix,
+    grad: *mut f32,
+    grad_len: usize,
+    value: *mut f64,
+    loss: impl FnOnce(&Cpu, AnyMatRef<'_>, Option<&mut [f32]>) -> crate::Result<f64> + Send,
+) -> Checked {
+    // SAFETY: the caller's contract.
+    let cpu = unsafe { shared(cpu) }?;
+    let mut regions = Regions::new();
+    // SAFETY: the caller's contract.
+    let (logits, grad, value) = unsafe {
+        (
+            regions.matrix("logits", logits)?,
+            gradient(&mut regions, grad, grad_len)?,
+            regions.slice_mut("value", value, 1)?,
+        )
+    };
+    let apart = regions.apart()?;
+    let logits = logits.view(&apart)?;
+    let grad = grad.map(|g| g.get(&apart));
+    check_memory(&logits)?;
+    value.get(&apart)[0] = cpu.run(|cpu| loss(cpu, logits, grad))?;
+    Ok(())
 }
 
 /// Balancing without a loss: bias[e] += rate * sign(mean load - load[e]), both of len elements; load as the permutation's counts.
