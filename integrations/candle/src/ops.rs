@@ -5,6 +5,7 @@
 
 use crate::layer::Shared;
 use crate::view::{copy_ids, floats, format, matrix, matrix_mut, refused};
+use crate::workspaces::Workspace;
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp2, Layout, Result, Shape, bail,
@@ -54,26 +55,35 @@ fn output(
 impl Shared {
     /// One call of the layer with a workspace.
     fn run(&self, x: AnyMatRef<'_>, route: RouteFrom<'_>, y: AnyMatMut<'_>) -> Result<()> {
+        self.workspaces
+            .with(|workspace| self.run_with(workspace, x, route, y))
+    }
+
+    fn run_with(
+        &self,
+        workspace: &mut Workspace,
+        x: AnyMatRef<'_>,
+        route: RouteFrom<'_>,
+        y: AnyMatMut<'_>,
+    ) -> Result<()> {
         let bytes = self
             .layer
             .workspace_size(&self.cpu, x.rows())
             .map_err(refused)?;
+        workspace.bytes(bytes);
         let forward = Forward {
             route,
             ..Forward::default()
         };
-        self.workspaces.with(|workspace| {
-            workspace.bytes(bytes);
-            let result = self.layer.forward_with(
-                &self.cpu,
-                x,
-                &forward,
-                y,
-                &mut workspace.routing,
-                &mut workspace.bytes,
-            );
-            result.map_err(refused)
-        })
+        let result = self.layer.forward_with(
+            &self.cpu,
+            x,
+            &forward,
+            y,
+            &mut workspace.routing,
+            &mut workspace.bytes,
+        );
+        result.map_err(refused)
     }
 
     /// The same from ids and weights.
@@ -89,10 +99,6 @@ impl Shared {
         if ids_layout.dims().last() != Some(&slots) {
             bail!("ids: expected [.., {slots}], got {:?}", ids_layout.dims());
         }
-        let bytes = self
-            .layer
-            .workspace_size(&self.cpu, x.rows())
-            .map_err(refused)?;
         self.workspaces.with(|workspace| {
             copy_ids("ids", ids, ids_layout, &mut workspace.ids)?;
             if workspace.ids.len() != x.rows() * slots {
@@ -108,20 +114,7 @@ impl Shared {
                 .routing
                 .set_given(&self.cpu, &given)
                 .map_err(refused)?;
-            workspace.bytes(bytes);
-            let forward = Forward {
-                route: RouteFrom::Routing,
-                ..Forward::default()
-            };
-            let result = self.layer.forward_with(
-                &self.cpu,
-                x,
-                &forward,
-                y,
-                &mut workspace.routing,
-                &mut workspace.bytes,
-            );
-            result.map_err(refused)
+            self.run_with(workspace, x, RouteFrom::Routing, y)
         })
     }
 }
