@@ -32,6 +32,7 @@ mod weights;
 
 pub use forward::{MoeOperands, NormView, RouteSource};
 pub use plan::{MoePlan, MoePointers, RoutingPointers};
+pub(in crate::cuda) use views::UpNames;
 pub use views::{ExpertViews, GateViews, SharedViews, UpViews};
 pub use weights::{BiasPointers, ExpertPointers, GatePointers, SharedPointers, WeightPointers};
 

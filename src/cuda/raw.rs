@@ -22,6 +22,7 @@
 #![allow(unsafe_code)]
 
 use super::combine::{CombineOperands, plan_combine};
+use super::grouped_gemm::{GroupedGemm, plan_grouped_gemm};
 use super::launch::RawStream;
 use super::module::Kernels;
 use super::moe::{CudaMoeLayer, MoePointers};
@@ -157,6 +158,21 @@ pub unsafe fn permute_raw(
 pub unsafe fn copy_rows_raw(stream: RawStream, copy: &CopyRows) -> Result<()> {
     let kernels = Kernels::of_current_context()?;
     let launch = plan_copy_rows(copy, &kernels.info)?;
+    // SAFETY: as in `route_raw`.
+    unsafe { kernels.queue(stream, core::iter::once(&launch)) }
+}
+
+/// The grouped product; see [`plan_grouped_gemm`].
+///
+/// # Safety
+/// As [`route_raw`], with the extents that [`GroupedGemm`] states; and every address in a [table](super::grouped_gemm::Placement::Table) is device memory of such a matrix, at
+/// the multiple that the table promises.
+///
+/// # Errors
+/// As [`plan_grouped_gemm`] and [`launch_raw`].
+pub unsafe fn grouped_gemm_raw(stream: RawStream, product: &GroupedGemm) -> Result<()> {
+    let kernels = Kernels::of_current_context()?;
+    let launch = plan_grouped_gemm(product, &kernels.info)?;
     // SAFETY: as in `route_raw`.
     unsafe { kernels.queue(stream, core::iter::once(&launch)) }
 }

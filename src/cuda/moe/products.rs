@@ -45,12 +45,7 @@ impl Call<'_> {
             gather: None,
             groups: GroupPointers::Single,
             gate: None,
-            up: WeightPointers {
-                ptr: w.ptr,
-                dtype: w.dtype,
-                row_stride: w.stride,
-                expert_stride: 0,
-            },
+            up: WeightPointers::strided(w.ptr, w.dtype, w.stride, 0),
             gate_bias: None,
             up_bias: bias.map(|ptr| BiasPointers::contiguous(ptr, DType::F32, n)),
             activation: LINEAR,
