@@ -66,7 +66,7 @@ pub fn plan_grouped_gemm(product: &GroupedGemm, device: &DeviceInfo) -> Result<L
     {
         return Ok(launch);
     }
-    sm80::plan_sm80(&params, device)
+    sm80::plan_grouped_gemm_sm80(&params, device)
 }
 
 /// The checked product as the kernels see it.

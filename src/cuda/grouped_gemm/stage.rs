@@ -42,7 +42,7 @@ pub struct GatherViews<'a> {
 /// What [`Cuda::grouped_gemm_into`] reads.
 #[derive(Debug)]
 pub struct GroupedGemmViews<'a> {
-    /// `[rows of A, K]`
+    /// `[rows of A, K]`; as many rows as the output has, unless they are gathered.
     pub a: DeviceMat<'a>,
     /// Rows of A by pair; `None`: row r of the output is a product of row r.
     pub gather: Option<GatherViews<'a>>,
@@ -139,9 +139,7 @@ impl GroupedGemmViews<'_> {
         };
         let gather = match &self.gather {
             Some(gather) => Some(gather.check(door, rows, a_rows)?),
-            None if matches!(groups, GroupPointers::Single) && a_rows != rows => {
-                return Err(Error::shape("a", [rows, k], [a_rows, k]));
-            }
+            None if a_rows != rows => return Err(Error::shape("a", [rows, k], [a_rows, k])),
             None => None,
         };
         let names = UpNames {

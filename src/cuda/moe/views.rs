@@ -119,15 +119,6 @@ impl UpViews<'_> {
         bias: Option<&WeightViews<'_>>,
     ) -> Result<UpPointers> {
         let both = checked_mul(2, n, names.up)?;
-        let width = if matches!(self, Self::Plain(_)) {
-            n
-        } else {
-            both
-        };
-        let bias = match bias {
-            Some(bias) => Some(bias.check_bias(door, names.bias, experts, width)?),
-            None => None,
-        };
         let up = |views: &WeightViews<'_>, rows| views.check(door, names.up, [experts, rows, k]);
         let (gate, up) = match self {
             Self::Plain(views) => (None, up(views, n)?),
@@ -143,6 +134,11 @@ impl UpViews<'_> {
                 let gate = gate.check(door, names.gate, [experts, n, k])?;
                 (Some(gate), up(views, n)?)
             }
+        };
+        let width = if gate.is_some() { both } else { n };
+        let bias = match bias {
+            Some(bias) => Some(bias.check_bias(door, names.bias, experts, width)?),
+            None => None,
         };
         let (gate_bias, up_bias) = match self {
             Self::Plain(_) => (None, bias),
