@@ -526,6 +526,40 @@ fn exact_products_have_the_bits_of_the_cpu() {
     }
 }
 
+/// Weights of 16 bits that count as f32: the bits of the CPU with the same numbers in f32, which differ from those of bf16's own chain.
+#[test]
+fn widened_weights_have_the_bits_of_f32() {
+    let Some(gpu) = gpu::open() else { return };
+    for w in [DType::BF16, DType::F16] {
+        for (k, x) in [(1, w), (77, w), (64, DType::F32)] {
+            let case = |numerics| Case {
+                a: x,
+                w,
+                bias: true,
+                numerics,
+                ..Case::new(w, &[3, 0, 19], 24, k)
+            };
+            let widened = case(Numerics::ExactWidened);
+            let mut data = widened.data();
+            let (found, _) = on_gpu(&gpu, &widened, &data);
+            let (exact, _) = on_gpu(&gpu, &case(Numerics::Exact), &data);
+            data.gate = Stored::F32(data.gate.to_f32());
+            data.up = Stored::F32(data.up.to_f32());
+            let in_f32 = Case {
+                w: DType::F32,
+                ..widened.clone()
+            };
+            common::assert_same_bits(
+                &found,
+                &on_cpu(&in_f32, &data, case(Numerics::Exact).out),
+                &format!("{widened:?}"),
+            );
+            let same = common::bits(&found) == common::bits(&exact);
+            assert_eq!(same, w == DType::F16 || k == 1, "{w} {k}");
+        }
+    }
+}
+
 #[test]
 fn every_exact_shape_and_activation_has_the_bits_of_the_cpu() {
     let Some(gpu) = gpu::open() else { return };

@@ -17,6 +17,7 @@ enum Flags : uint32_t {
     BiasTables = 2,    // gate_bias, up_bias: the same for biases
     AlignedOut = 4,    // out and its row stride are multiples of 16 bytes
     AlignedTables = 8,  // the addresses in tables of weights are multiples of 16: for the plan's choice of a kernel alone
+    WidenedWeights = 16,  // exact products: bf16 weights count as f32, in the order of f32's chain
 };
 
 // Mirrored in src/cuda/grouped_gemm/params.rs. Strides are in elements. A plain product has `up` only. `rows` (of the output) and `a_rows` bound what is

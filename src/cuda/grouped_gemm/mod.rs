@@ -4,6 +4,30 @@
 //! out[r] = act( A[src(r)] · W[e]ᵀ + b[e] )     rows r of expert e: offsets[e] .. offsets[e] + counts[e];  src(r) = pair_of_row[r] / slots, or r
 //! ```
 //!
+//! Weights are one allocation or one for each expert, found through a table of addresses on the device ([`Placement`]). Three ways in: [`plan_grouped_gemm`],
+//! [`raw::grouped_gemm_raw`](super::raw::grouped_gemm_raw), and from cudarc's slices [`Cuda::grouped_gemm_into`](super::Cuda::grouped_gemm_into).
+//!
+//! ```
+//! use moe_kernels::cuda::combine::DeviceRows;
+//! use moe_kernels::cuda::grouped_gemm::{GroupPointers, GroupedGemm, Numerics, WeightPointers, plan_grouped_gemm};
+//! use moe_kernels::cuda::{DeviceInfo, DevicePtr};
+//! use moe_kernels::grouped_gemm::{Activation, ActivationFunction};
+//! use moe_kernels::DType;
+//! // The down projection of 128 experts, 768 to 2048, for 4096 sorted rows; each expert a tensor of its own. (Addresses of one's own.)
+//! let [h, table, ys, offsets, counts] = [1, 2, 3, 4, 5].map(|i| DevicePtr(i << 30));
+//! let rows = |ptr, stride| DeviceRows { ptr, stride, dtype: DType::BF16 };
+//! let product = GroupedGemm {
+//!     a: rows(h, 768), a_rows: 4096, gather: None,
+//!     groups: GroupPointers::Ragged { offsets, counts, experts: 128 },
+//!     gate: None, up: WeightPointers::table(table, DType::BF16, 768, 256), gate_bias: None, up_bias: None,
+//!     activation: Activation::plain(ActivationFunction::Identity),
+//!     out: rows(ys, 2048), rows: 4096, n: 2048, k: 768, numerics: Numerics::TensorCores, strict: false,
+//! };
+//! let launch = plan_grouped_gemm(&product, &DeviceInfo::H100)?;
+//! assert_eq!(launch.kernel, "moe_grouped_gemm_sm80_bf16_m32"); // 32 rows an expert on average
+//! # Ok::<(), moe_kernels::Error>(())
+//! ```
+//!
 //! Nothing is read by the host: each block finds its tiles from the counts on the device. Kernels bound what they touch by the number of rows and of A's rows,
 //! whatever offsets and pairs say.
 //!
@@ -13,11 +37,11 @@
 //! | class | when | sums |
 //! |---|---|---|
 //! | `decode` | at most [`DECODE_ROWS`] rows for each expert on average, and not strict | four partial sums, see `kernels/grouped_gemm_decode.cu` |
-//! | `sm90` | compute capability 9.0, layouts that TMA takes | one chain of wgmma in ascending k |
+//! | `sm90` | compute capability 9.0, layouts that TMA takes (no tables) | one chain of wgmma in ascending k |
 //! | `sm80` | everything else | one chain of mma.sync in ascending k |
 //!
 //! so that a strict product has one class on a given device for given weights. [`Numerics::Exact`], which is what f32 gets, has one class and the CPU's bits, on every
-//! device and for every format.
+//! device and for every format; [`Numerics::ExactWidened`] those of the CPU with the weights in f32.
 
 pub mod decode;
 pub mod f32;
@@ -49,10 +73,10 @@ pub const DECODE_ROWS: usize = 4;
 /// [`Error::Overflow`] for sizes beyond 32 bits.
 pub fn plan_grouped_gemm(product: &GroupedGemm, device: &DeviceInfo) -> Result<Launch> {
     let params = params(product)?;
-    if product.numerics == Numerics::Exact
-        || (product.numerics == Numerics::TensorCores && !product.is_16_bit())
-    {
-        return f32::plan_exact(&params, device);
+    match product.numerics {
+        Numerics::Exact | Numerics::ExactWidened => return f32::plan_exact(&params, device),
+        Numerics::TensorCores if !product.is_16_bit() => return f32::plan_exact(&params, device),
+        Numerics::TensorCores | Numerics::Tf32 => {}
     }
     if !product.is_16_bit() {
         return f32::plan_tf32(&params, device);
@@ -294,6 +318,7 @@ fn flags(p: &GroupedGemm, gate: WeightPointers, bias: Option<BiasPointers>) -> u
         bias.is_some_and(|b| b.placement.is_table()),
         Flags::BIAS_TABLES,
     );
+    set(p.numerics == Numerics::ExactWidened, Flags::WIDENED_WEIGHTS);
     flags
 }
 

@@ -17,6 +17,9 @@ pub enum Numerics {
     Tf32,
     /// Every format by chains of f32 fused multiply-adds: the CPU's bits.
     Exact,
+    /// The same as if the weights were f32, whatever they are: the bits of the CPU's gates, whose weights are packed in f32. Differs from `Exact` for bf16 weights alone,
+    /// whose chains take k in another order.
+    ExactWidened,
 }
 
 /// How one finds an expert's matrix, or its bias, from the address of all.

@@ -17,6 +17,8 @@ impl Flags {
     pub const ALIGNED_OUT: u32 = 4;
     /// The addresses in the tables of weights are multiples of 16: chooses the kernel, which does not look at it.
     pub const ALIGNED_TABLES: u32 = 8;
+    /// Exact products: bf16 weights count as f32, in the order of f32's chain.
+    pub const WIDENED_WEIGHTS: u32 = 16;
 }
 
 /// `epilogue::Activation`: `min(act(min(g, gate_max)), result_max)`, times `clamp(u, ±up_limit)` where gated. No limit is +∞.

@@ -31,7 +31,7 @@ impl Call<'_> {
         self.plan.push(launch)
     }
 
-    /// An ordinary product of x with one matrix `[n, H]` in exact f32: `out [T, n] = x · Wᵀ + b`.
+    /// An ordinary product of x with one matrix `[n, H]` in exact f32, as the CPU packs its gates: `out [T, n] = x · Wᵀ + b`.
     pub(super) fn dense(
         &mut self,
         w: DeviceRows,
@@ -53,7 +53,7 @@ impl Call<'_> {
             rows: self.tokens,
             n,
             k: self.layer.hidden,
-            numerics: Numerics::Exact,
+            numerics: Numerics::ExactWidened,
             strict: true,
         })
     }
