@@ -54,9 +54,6 @@ struct Any {
 // Whether chains take k in pairs, as they do where W is bf16 and does not count as f32.
 MOE_DEVICE bool in_pairs(const GroupedGemmParams& p) { return p.w_dtype == epilogue::BF16 && (p.flags & grouped::WidenedWeights) == 0; }
 
-// Values of k that the chains take: an odd K gets a partner of zeros where they are taken in pairs.
-MOE_DEVICE uint32_t chain_length(const GroupedGemmParams& p) { return in_pairs(p) ? p.k + p.k % 2 : p.k; }
-
 template <class Shape>
 using AlignedLoader = grouped::TileLoader<F32, Shape, true>;
 
@@ -122,6 +119,17 @@ struct AnyLoader : grouped::TileLoader<Any, Shape, false> {
     }
 };
 
+// Values of k that the chains take: an odd K gets a partner of zeros where they are taken in pairs.
+template <class Shape>
+MOE_DEVICE uint32_t chain_length(const AlignedLoader<Shape>&, const GroupedGemmParams& p) {
+    return p.k;  // of f32, whatever the parameters say: one that looked spilled on sm_90
+}
+
+template <class Shape>
+MOE_DEVICE uint32_t chain_length(const AnyLoader<Shape>&, const GroupedGemmParams& p) {
+    return in_pairs(p) ? p.k + p.k % 2 : p.k;
+}
+
 MOE_DEVICE float part(const uint4& v, uint32_t i) { return __uint_as_float(i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w); }
 
 // Four values of k, or the first `left` of them.
@@ -184,9 +192,9 @@ MOE_DEVICE void exact_product(const GroupedGemmParams& p, unsigned char* shared)
     const uint32_t stages = ptx::shared_address(shared);
     const uint32_t output_columns = p.activation.gated != 0 ? Shape::Columns / 2 : Shape::Columns;
     const uint32_t column_tiles = (p.n + output_columns - 1) / output_columns;
-    const uint32_t k_bytes = chain_length(p) * 4;
 
     Loader loader;
+    const uint32_t k_bytes = chain_length(loader, p) * 4;
     loader.start(p, column_tiles, ring);
 #pragma unroll 1
     for (int s = 0; s < Shape::Stages - 1; ++s) {

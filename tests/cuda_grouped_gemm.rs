@@ -723,12 +723,12 @@ fn layouts_and_tables_give_the_same_bits() {
                 });
                 for ((found, kernel), layout) in results.iter().zip(Layout::ALL) {
                     // Tables of aligned matrices take the fast kernels, as one allocation does; an odd half of a fused matrix does not begin on 16 bytes.
-                    let aligned = k % 8 == 0 || layout.stacked() == Layout::Separate;
+                    let aligned = k.is_multiple_of(8) || layout.stacked() == Layout::Separate;
                     let slow = kernel.contains("unaligned")
                         || family == "exact_m16" && kernel.contains("exact_any");
                     assert!(kernel.contains(family) || slow, "{layout:?}: {kernel}");
                     if family != "exact_any" && (activation.gated || aligned) {
-                        let a_aligned = k * base.a.size() % 16 == 0;
+                        let a_aligned = (k * base.a.size()).is_multiple_of(16);
                         assert_eq!(slow, !(aligned && a_aligned), "{layout:?}: {kernel}");
                     }
                     common::assert_same_bits(found, &results[0].0, &format!("{layout:?} {kernel}"));

@@ -31,7 +31,7 @@ pub enum GroupViews<'a> {
 /// Rows of A by pair: row r of the output is a product of row `pair_of_row[r] / slots` of A.
 #[derive(Debug)]
 pub struct GatherViews<'a> {
-    /// `[rows]` of the output. A pair beyond A counts as A's last row.
+    /// `[rows]` of the output. What comes of a pair beyond A is unspecified; nothing beyond A is read.
     pub pair_of_row: DeviceVec<'a, u32>,
     /// Pairs of a row of A.
     pub slots: usize,
