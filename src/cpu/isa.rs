@@ -58,7 +58,7 @@ impl Isa {
     }
 
     /// Whether this CPU has a dot product of bf16 pairs beside this ISA (x86's `vdpbf16ps`) that computes two chained fused multiply-adds, the odd
-    /// element first. It does so by Intel's manual and on Zen 4 and 5; a test at the first call makes sure of it.
+    /// element first. It does so by Intel's manual, on Zen 4 and 5 and on Emerald Rapids; a test at the first call makes sure of it.
     pub fn has_bf16_dot(self) -> bool {
         super::simd::bf16_dot::usable(self)
     }

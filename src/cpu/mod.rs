@@ -53,7 +53,7 @@ impl Cpu {
         Self {
             isa,
             single_threaded: false,
-            native_bf16: isa.has_bf16_dot(),
+            native_bf16: isa.has_bf16_dot() && roofline::bf16_dot_pays(isa),
         }
     }
 
@@ -82,8 +82,8 @@ impl Cpu {
         }
     }
 
-    /// The same choice, but products of bf16 with bf16 widen both to f32 instead of using the CPU's bf16 instructions. Slower and of the same
-    /// bits: for tests and comparisons. See [`Isa::has_bf16_dot`].
+    /// The same choice, but products of bf16 with bf16 widen both to f32 instead of using the CPU's bf16 instructions. Of the same bits: for tests
+    /// and comparisons. See [`Isa::has_bf16_dot`].
     pub fn without_native_bf16(self) -> Self {
         Self {
             native_bf16: false,
@@ -91,7 +91,17 @@ impl Cpu {
         }
     }
 
-    /// Whether products of bf16 weights with bf16 rows use native bf16 instructions: where the CPU has them, and they are what they should be.
+    /// The same choice, but products of bf16 with bf16 use the CPU's bf16 instructions wherever it has them, even where they are the slower way. Of the same
+    /// bits: for tests and comparisons.
+    pub fn with_native_bf16(self) -> Self {
+        Self {
+            native_bf16: self.isa.has_bf16_dot(),
+            ..self
+        }
+    }
+
+    /// Whether products of bf16 weights with bf16 rows use native bf16 instructions. By default they do where the CPU has them, they are what they should be, and
+    /// they are faster than widening: `vdpbf16ps` does twice the work of an FMA on Zen 4 and Zen 5 and half of it on Emerald Rapids.
     pub fn native_bf16(&self) -> bool {
         self.native_bf16
     }

@@ -3,10 +3,12 @@
 //! Machines are shared and clocks move, so a result is worth its ratio to the ceiling measured in the same run.
 
 use super::Cpu;
+use super::isa::Isa;
 use super::parallel::for_each_worker;
 use super::simd::bf16_dot::run_rounds;
 use super::simd::{Op, Simd, dispatch};
 use std::hint::black_box;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// Chains in the FMA loop: 12 cover a latency of 4 or 5 cycles × 2 a cycle and fit the 16 registers of AVX2.
@@ -97,6 +99,29 @@ pub fn bf16_dot_peak(cpu: &Cpu, budget: Duration) -> Option<f64> {
     Some(best_rate(cpu, budget, flops_per_round, &|rounds| {
         run_rounds(cpu.isa(), rounds);
     }))
+}
+
+/// Whether native bf16 dot products do more FLOP/s than f32 fused multiply-adds, which are what widening needs. Found once, in some 0.1 ms, by turns and by the best
+/// of each: the CPUs known are a factor of two away from the border, on either side. It decides speed and no bit.
+pub(crate) fn bf16_dot_pays(isa: Isa) -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    const TURNS: usize = 6;
+    const ROUNDS: usize = 500;
+    *FOUND.get_or_init(|| {
+        let fma_flops = (2 * CHAINS * super::grouped_gemm::lanes(isa) * ROUNDS) as f64;
+        let (mut dots, mut fmas) = (0.0f64, 0.0f64);
+        for _ in 0..TURNS {
+            let start = Instant::now();
+            let dot_flops = run_rounds(isa, ROUNDS).unwrap_or(0.0);
+            let turn = Instant::now();
+            black_box(dispatch(isa, FmaLoop { rounds: ROUNDS }));
+            let end = Instant::now();
+            // A clock too coarse for this gives a time of 0: an infinite rate, and both then have it.
+            dots = dots.max(dot_flops / (turn - start).as_secs_f64());
+            fmas = fmas.max(fma_flops / (end - turn).as_secs_f64());
+        }
+        dots > fmas
+    })
 }
 
 /// FLOP/s of `run`, which does so many rounds, on all of `cpu`'s threads: the best of several runs within `budget`.

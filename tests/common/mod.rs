@@ -75,14 +75,14 @@ pub fn isas() -> Vec<Isa> {
     isas
 }
 
-/// One `Cpu` for each ISA under test, and one that widens bf16 where the CPU has native instructions for it.
+/// One `Cpu` for each ISA under test; two where the CPU has native instructions for bf16, one of which widens instead.
 pub fn cpus() -> Vec<Cpu> {
     isas()
         .into_iter()
         .map(|isa| Cpu::with_isa(isa).unwrap())
         .flat_map(|cpu| {
-            let widening = cpu.native_bf16().then(|| cpu.without_native_bf16());
-            [Some(cpu), widening]
+            let native = cpu.isa().has_bf16_dot().then(|| cpu.with_native_bf16());
+            [Some(cpu.without_native_bf16()), native]
         })
         .flatten()
         .collect()

@@ -201,11 +201,11 @@ pub(crate) struct TileArgs {
 /// Lines to bring into cache while a tile runs. Any address will do.
 #[derive(Clone, Copy)]
 pub(crate) struct Prefetch {
+    /// How many, and how near.
+    pub(crate) pace: Pace,
     /// Where to begin, for the first panel; further panels `b_stride` bytes on.
     pub(crate) from: *const u8,
-    /// As many lines of each panel as the tile uses, evenly; else `lines`.
-    pub(crate) stream: bool,
-    /// Lines for every [`UNROLL`] steps.
+    /// Lines for every [`UNROLL`] steps of [`Pace::Counted`].
     pub(crate) lines: usize,
     /// The step from which it goes on elsewhere: a multiple of the steps in a line of A.
     pub(crate) turn: usize,
@@ -213,10 +213,25 @@ pub(crate) struct Prefetch {
     pub(crate) then: *const u8,
 }
 
+/// How a tile asks for lines. One variant of the tile each, since a count inside the loop costs more than it brings.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// So many for so many steps, into L1.
+    Counted,
+    /// As many lines of each panel as the tile uses, evenly, into L1.
+    AsUsed,
+    /// The same, into L2.
+    AsUsedL2,
+}
+
+const COUNTED: u8 = Pace::Counted as u8;
+const AS_USED: u8 = Pace::AsUsed as u8;
+const AS_USED_L2: u8 = Pace::AsUsedL2 as u8;
+
 impl Prefetch {
     pub(crate) const NONE: Self = Self {
+        pace: Pace::Counted,
         from: core::ptr::null(),
-        stream: false,
         lines: 0,
         turn: usize::MAX,
         then: core::ptr::null(),
@@ -226,13 +241,13 @@ impl Prefetch {
 /// Steps between two turns at prefetching; also hides the loop's own instructions.
 pub(crate) const UNROLL: usize = 4;
 
-/// M rows × P panels. `STREAM`: B is asked for line by line as it is used, ahead of the use.
-struct Tile<Format, const M: usize, const P: usize, const STREAM: bool> {
+/// M rows × P panels. `PACE` is a [`Pace`].
+struct Tile<Format, const M: usize, const P: usize, const PACE: u8> {
     args: TileArgs,
     format: PhantomData<Format>,
 }
 
-impl<Format, const M: usize, const P: usize, const STREAM: bool> Tile<Format, M, P, STREAM> {
+impl<Format, const M: usize, const P: usize, const PACE: u8> Tile<Format, M, P, PACE> {
     fn new(args: TileArgs) -> Self {
         Self {
             args,
@@ -241,8 +256,8 @@ impl<Format, const M: usize, const P: usize, const STREAM: bool> Tile<Format, M,
     }
 }
 
-impl<Format: PanelFormat, const M: usize, const P: usize, const STREAM: bool> Op
-    for Tile<Format, M, P, STREAM>
+impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
+    for Tile<Format, M, P, PACE>
 {
     type Output = ();
 
@@ -278,7 +293,12 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const STREAM: bool> Op
             ($lines:expr) => {
                 for _ in 0..$lines {
                     for p in 0..P {
-                        s.prefetch(ahead.wrapping_add(p * t.b_stride));
+                        let line = ahead.wrapping_add(p * t.b_stride);
+                        if PACE == AS_USED_L2 {
+                            s.prefetch_l2(line);
+                        } else {
+                            s.prefetch(line);
+                        }
                     }
                     ahead = ahead.wrapping_add(64);
                 }
@@ -293,11 +313,11 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const STREAM: bool> Op
                 ahead = t.prefetch.then;
             }
             for _ in 0..now / UNROLL {
-                if !STREAM {
+                if PACE == COUNTED {
                     ask!(t.prefetch.lines);
                 }
                 for u in 0..UNROLL {
-                    if STREAM {
+                    if PACE != COUNTED {
                         // Constants once the loop is unrolled.
                         ask!(step_bytes * (u + 1) / 64 - step_bytes * u / 64);
                     }
@@ -411,10 +431,14 @@ impl<S: Simd, Format: PanelFormat> MicroKernel for Kernel<S, Format> {
                         if const { $m * $p <= Self::MR } {
                             // SAFETY: this function's contract.
                             unsafe {
-                                if args.prefetch.stream {
-                                    self.outline(Tile::<Format, $m, $p, true>::new(args));
-                                } else {
-                                    self.outline(Tile::<Format, $m, $p, false>::new(args));
+                                match args.prefetch.pace {
+                                    Pace::Counted => {
+                                        self.outline(Tile::<Format, $m, $p, COUNTED>::new(args));
+                                    }
+                                    Pace::AsUsedL2 if const { S::PREFETCH_L2 } => {
+                                        self.outline(Tile::<Format, $m, $p, AS_USED_L2>::new(args));
+                                    }
+                                    _ => self.outline(Tile::<Format, $m, $p, AS_USED>::new(args)),
                                 }
                             }
                         } else {

@@ -45,6 +45,7 @@ use super::isa::Isa;
 use super::out_rows::OutRows;
 use super::parallel::for_each_worker;
 use super::shared::SharedSlice;
+use super::simd::model::{Model, model};
 use super::simd::{Op, Simd, dispatch};
 use crate::element::DType;
 use crate::grouped_gemm::{Activation, Groups, PackedMatrices};
@@ -52,8 +53,8 @@ use crate::matrix::AnyMatMut;
 use core::ops::Range;
 use epilogue::FinishPanel;
 use kernel::{
-    Kernel, LINE, MicroKernel, PanelBf16, PanelBf16Dot, PanelF16, PanelF32, Prefetch, TileArgs,
-    UNROLL,
+    Kernel, LINE, MicroKernel, Pace, PanelBf16, PanelBf16Dot, PanelF16, PanelF32, Prefetch,
+    TileArgs, UNROLL,
 };
 use plan::{MC, Run, Runs, Units};
 
@@ -63,8 +64,8 @@ const COLUMNS: usize = 512;
 /// Bytes of the next run's B that are fetched while the last panel of this one is at work.
 const HEAD_BYTES: usize = 4096;
 /// How far ahead of its use B is asked for where it is used once, over all panels that run side by side. Against leaving it to the hardware (one Zen 5 core,
-/// qwen3's shape): T = 1 6% faster, T = 64 5% (f32), 8% (bf16), 27% (f16); half as far loses 10 to 20% of that for f16, half as far again 2%. Into L2
-/// instead of L1: 7% slower at T = 64; in bursts every four steps 3%.
+/// qwen3's shape): T = 1 6% faster, T = 64 5% (f32), 8% (bf16), 27% (f16); half as far loses 10 to 20% of that for f16, half as far again 2%; in bursts every
+/// four steps 3%. On Emerald Rapids, where [`Streaming`] is into L2: without it T = 64 takes 31% (f32) and 37% (bf16) longer.
 const AHEAD_BYTES: usize = 8192;
 
 /// Lanes of an instruction set, known without holding its token.
@@ -76,7 +77,41 @@ pub(crate) fn lanes(isa: Isa) -> usize {
     }
 }
 
-/// What the caches of this machine allow.
+/// How B is asked for where it is used once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Streaming {
+    /// Into L1. On a Zen 5 core T = 64 is 7% slower into L2.
+    IntoL1,
+    /// Into L2. On an Emerald Rapids core 7% (T = 64, f32), 2% (T = 64, bf16) and 4% (T = 8, f32) faster than into L1, whose sixteen misses under way the loads want, too.
+    IntoL2,
+    /// By the hardware alone up to this many rows, and then one panel at a time. On a Zen 4 core a tile alone reads 28 to 30 GB/s of 30 so, 23 to 26 when it asks for lines itself;
+    /// from 11 rows on asking is level or better.
+    ByHardwareUpTo(usize),
+}
+
+impl Streaming {
+    fn new(isa: Isa) -> Self {
+        match model() {
+            Model::Intel => Self::IntoL2,
+            // Measured with AVX-512 alone.
+            Model::Zen4 if isa == Isa::Avx512 => Self::ByHardwareUpTo(8),
+            _ => Self::IntoL1,
+        }
+    }
+
+    fn by_hardware(self, rows: usize) -> bool {
+        matches!(self, Self::ByHardwareUpTo(most) if rows <= most)
+    }
+
+    fn pace(self) -> Pace {
+        match self {
+            Self::IntoL2 => Pace::AsUsedL2,
+            _ => Pace::AsUsed,
+        }
+    }
+}
+
+/// What the caches and the kind of this machine want.
 #[derive(Clone, Copy)]
 struct Blocking {
     /// Words of packed A: half of the L2 cache, between what MC rows of one slice need and a megabyte.
@@ -84,12 +119,14 @@ struct Blocking {
     /// Bytes of a slice of B: a tenth of the L2 cache. It need not stay in L1: a tile reads 2 vectors of it in M cycles, which L2 feeds easily.
     /// Slices of half the L1 cost 4% at T = 512 (more visits to the tile, each some 120 cycles with its sums), of two fifths of L2 10%.
     b_bytes: usize,
+    streaming: Streaming,
 }
 
 impl Blocking {
-    fn new() -> Self {
+    fn new(isa: Isa) -> Self {
         let caches = caches();
         Self {
+            streaming: Streaming::new(isa),
             a_words: (caches.l2 / 8).clamp(32 << 10, 256 << 10),
             b_bytes: caches.l2 / 10,
         }
@@ -103,7 +140,7 @@ impl Blocking {
 
 /// See [`crate::grouped_gemm::scratch_bytes`]. 63 bytes more let it begin at a cache line.
 pub(crate) fn scratch_bytes(cpu: &Cpu) -> usize {
-    cpu.threads() * Blocking::new().worker_floats() * size_of::<f32>() + 63
+    cpu.threads() * Blocking::new(cpu.isa()).worker_floats() * size_of::<f32>() + 63
 }
 
 /// One grouped product whose operands were checked.
@@ -184,7 +221,7 @@ pub(crate) fn run_experts(
 
 /// Runs products one after another in one parallel region; each may read what an earlier one writes.
 fn run_all(cpu: &Cpu, products: &[Product<'_>], scratch: &mut [u8]) {
-    let blocking = Blocking::new();
+    let blocking = Blocking::new(cpu.isa());
     let worker_floats = blocking.worker_floats();
     let skip = scratch.as_ptr().align_offset(64);
     let floats: &mut [f32] = {
@@ -428,7 +465,11 @@ impl Task<'_> {
         let last = lines.end == lines_of::<K>(layout);
         let all = lines.start == 0 && last;
         // LOOP 3: several panels at once when there are few rows
-        let at_once = if m <= K::MR { K::panels_at_once(m) } else { 1 };
+        let at_once = if m <= K::MR && !self.blocking.streaming.by_hardware(m) {
+            K::panels_at_once(m)
+        } else {
+            1
+        };
         let mut panel = panels.start;
         while panel < panels.end {
             let width = if panel + at_once <= panels.end {
@@ -510,8 +551,11 @@ impl Task<'_> {
                     Next::Run => self.then,
                 }
             };
-            let mut prefetch = if tile_count == 1 {
-                stream_ahead::<K>(at(panel, from), now, after, width)
+            let streaming = self.blocking.streaming;
+            let mut prefetch = if streaming.by_hardware(m) {
+                Prefetch::NONE
+            } else if tile_count == 1 {
+                stream_ahead::<K>(streaming.pace(), at(panel, from), now, after, width)
             } else {
                 let last = from + now == steps.end && matches!(then, Next::Run);
                 let bytes = if last {
@@ -551,6 +595,7 @@ impl Task<'_> {
 
 /// For one tile, which reads B as a stream: what lies [`AHEAD_BYTES`] ahead in it, and in its last part what comes after it.
 fn stream_ahead<K: MicroKernel>(
+    pace: Pace,
     b: *const u8,
     steps: usize,
     after: *const u8,
@@ -560,7 +605,7 @@ fn stream_ahead<K: MicroKernel>(
     let ahead = (AHEAD_BYTES / width / K::STEP_BYTES).next_multiple_of(line_steps);
     Prefetch {
         from: b.wrapping_add(ahead * K::STEP_BYTES),
-        stream: true,
+        pace,
         lines: 0,
         turn: steps.saturating_sub(ahead).next_multiple_of(line_steps),
         then: after,

@@ -14,6 +14,7 @@ mod avx2;
 mod avx512;
 pub(crate) mod bf16_dot;
 pub(crate) mod math;
+pub(crate) mod model;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub(crate) mod random;
@@ -73,6 +74,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn splat(self, x: f32) -> Self::F;
     /// Asks for the cache line at `p`, which need not be valid.
     fn prefetch(self, p: *const u8);
+    /// Whether [`Simd::prefetch_l2`] is another instruction than [`Simd::prefetch`].
+    const PREFETCH_L2: bool = false;
+    /// The same, no nearer than into the second cache.
+    #[inline(always)]
+    fn prefetch_l2(self, p: *const u8) {
+        self.prefetch(p);
+    }
     /// `LANES` floats from memory, any alignment.
     ///
     /// # Safety
