@@ -164,8 +164,14 @@ pub(crate) fn scan(
     counts: &mut [usize],
 ) -> usize {
     let buckets = ids.buckets();
+    let one_chunk = histograms.len() == buckets.len();
     // Replaces the bucket's counts by first rows, from `row` on; returns where it ends.
     let mut place = |bucket: usize, mut row: usize| {
+        // Most calls. The general loop, once for each expert, would be most of the work for one token.
+        if one_chunk {
+            let count = core::mem::replace(&mut histograms[bucket], row as u32);
+            return row + count as usize;
+        }
         for histogram in histograms.chunks_exact_mut(buckets.len()) {
             let count = histogram[bucket] as usize;
             histogram[bucket] = row as u32; // fits: the caller bounded the number of rows

@@ -269,11 +269,14 @@ impl Simd for Avx512 {
         // SAFETY: the token.
         unsafe { _mm512_min_epi32(a, b) }
     }
-    // One instruction, rounded once: the bits of the two halves.
+    const SCALES_TO_ZERO: bool = true;
+
+    // One instruction, rounded once: the bits of the two halves. Masked lanes are 0 and cannot underflow, for which Intel's processors would call
+    // their microcode.
     #[inline(always)]
-    fn scale_by_power(self, a: Self::F, _n: Self::I, n_as_float: Self::F) -> Self::F {
+    fn scale_by_power(self, a: Self::F, _n: Self::I, n_as_float: Self::F, far: Self::M) -> Self::F {
         // SAFETY: the token.
-        unsafe { _mm512_scalef_ps(a, n_as_float) }
+        unsafe { _mm512_maskz_scalef_ps(!far, a, n_as_float) }
     }
     #[inline(always)]
     fn zip(self, a: Self::F, b: Self::F) -> (Self::F, Self::F) {

@@ -303,10 +303,19 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn min_i(self, a: Self::I, b: Self::I) -> Self::I {
         self.select_i(self.gt_i(a, b), b, a)
     }
+    /// Whether [`Simd::scale_by_power`] gives 0 where it is told to, whatever a and n are.
+    const SCALES_TO_ZERO: bool = false;
+
     /// a·2ⁿ, rounded once, for 0.5 ≤ |a| < 2 and −252 ≤ n ≤ 254; n comes as integers and as floats. Two exact halves, so that only the last
-    /// multiplication rounds when the result is subnormal, and n = 128 needs no special case.
+    /// multiplication rounds when the result is subnormal, and n = 128 needs no special case. Where `far`, the result rounds to 0.
     #[inline(always)]
-    fn scale_by_power(self, a: Self::F, n: Self::I, _n_as_float: Self::F) -> Self::F {
+    fn scale_by_power(
+        self,
+        a: Self::F,
+        n: Self::I,
+        _n_as_float: Self::F,
+        _far: Self::M,
+    ) -> Self::F {
         let half = self.sar::<1>(n);
         let rest = self.sub_i(n, half);
         let bias = self.splat_i(127);

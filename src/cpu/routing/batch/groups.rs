@@ -6,7 +6,8 @@
 //! 1. the largest and second largest are kept lane by lane along a group, without a branch;
 //! 2. the lanes of neighbouring groups are put side by side, level by level, so that all groups of a token are reduced together;
 //! 3. groups are sorted for `LANES` tokens at once, by the network of `sort.rs`;
-//! 4. NaN is looked for in the sum of all values (∞ − ∞ finds more than there are): such a token goes the careful way.
+//! 4. groups that fall out to −∞ are not filled but passed over from here on;
+//! 5. NaN is looked for in the sum of all values (∞ − ∞ finds more than there are): such a token goes the careful way.
 
 use super::sort::sort_keys;
 use super::tile::load_tile;
@@ -16,7 +17,7 @@ use crate::cpu::routing::select::{NAN, key};
 use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::routing::{GroupLimit, GroupScore, MaskedFill};
 
-/// Fills the values of groups that are not among the best.
+/// Finds the best groups of each token: `room.kept` has a bit for each whose values count. Values that count as 0 are filled.
 #[inline(always)]
 pub(super) fn limit_groups<S: Simd>(
     s: S,
@@ -31,10 +32,6 @@ pub(super) fn limit_groups<S: Simd>(
         let has_nan = score_groups(s, groups, values, &mut room.group_scores[i]);
         room.strange[i] |= i32::from(has_nan);
     }
-    let fill = match groups.fill {
-        MaskedFill::NegInf => f32::NEG_INFINITY,
-        MaskedFill::Zero => 0.0,
-    };
     for tile in (0..tokens).step_by(S::LANES) {
         let scores = load_tile(s, &room.group_scores, tile, 0);
         let mut keys = [s.splat_i(NAN); SLOTS];
@@ -46,12 +43,24 @@ pub(super) fn limit_groups<S: Simd>(
             }
         }
         sort_keys(s, &mut keys, &mut ids);
-        for dropped in &ids[groups.topk_group..groups.n_group] {
+        let (kept, dropped) = ids[..groups.n_group].split_at(groups.topk_group);
+        if groups.fill == MaskedFill::NegInf {
+            room.kept[tile..][..S::LANES].fill(0);
+            for &kept in kept {
+                let mut group = [0; MAX_LANES];
+                s.store_slice_i(&mut group, kept);
+                for (all, &group) in room.kept[tile..].iter_mut().zip(&group[..S::LANES]) {
+                    *all |= 1 << group;
+                }
+            }
+            continue;
+        }
+        for &dropped in dropped {
             let mut group = [0; MAX_LANES];
-            s.store_slice_i(&mut group, *dropped);
+            s.store_slice_i(&mut group, dropped);
             for (t, &group) in (tile..tokens).zip(&group[..S::LANES]) {
                 let from = t * blocks + group as usize * size;
-                values[from..][..size].as_flattened_mut().fill(fill);
+                values[from..][..size].as_flattened_mut().fill(0.0);
             }
         }
     }

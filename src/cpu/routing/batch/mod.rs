@@ -4,7 +4,7 @@
 //! token falls back to when its logits are too strange for the shortcuts here (NaN, too many equal values, too few finite ones): both give the same bits.
 //!
 //! Then:
-//! 1. rows of f32 logits are read where they lie;
+//! 1. rows of f32 logits are read where they lie, if they are whole blocks;
 //! 2. **wide stages run along a row, narrow stages across tokens.** Maxima and sums of a row are kept as vectors; a tile of `LANES` tokens is then
 //!    transposed, so that a reduction, a sort or a weight is computed for `LANES` tokens in one instruction and without shuffling inside a
 //!    vector. The stages follow each other for a whole batch, so that one token's latencies hide behind the next token's work;
@@ -16,6 +16,7 @@
 //!
 //! | file | does |
 //! |---|---|
+//! | `narrow.rs` | all of it for at most sixteen experts: across tokens from beginning to end |
 //! | `values.rs` | rows of scores, where the logit is not what is ranked; sums of softmax |
 //! | `groups.rs` | the best groups |
 //! | `prune.rs` | a few candidates of each row |
@@ -24,6 +25,7 @@
 //! | `tile.rs` | transposition |
 
 mod groups;
+mod narrow;
 mod prune;
 mod sort;
 mod tile;
@@ -40,9 +42,10 @@ use crate::routing::{
     WeightSource,
 };
 use groups::limit_groups;
-use prune::{bounds, collect};
-use values::{column_maxima, compute_values, exp_sum, sums};
-use weigh::finish_tile;
+use narrow::route_narrow;
+use prune::{bounds, collect, collect_kept};
+use values::{column_maxima, compute_values, exp_sum, kept_maxima, sums};
+use weigh::{sorted_tile, weigh_tile};
 
 /// The most tokens of a batch: whole tiles on every instruction set.
 const TOKENS: usize = MAX_LANES;
@@ -100,6 +103,10 @@ pub(super) struct Plan<'a> {
     /// Score and weight need the maximum and the sum of the row.
     softmax: bool,
     groups: Option<GroupLimit>,
+    /// Blocks of a group, where groups are passed over that are not among the best.
+    passed_over: Option<usize>,
+    /// As many logits as candidates: all of them are ranked, without a search.
+    narrow: bool,
     raw: Raw,
     /// Most candidates that are sorted.
     candidates: usize,
@@ -148,6 +155,10 @@ impl<'a> Plan<'a> {
             ranked,
             softmax: config.score == Score::Softmax && (!by_logit || raw == Raw::Softmax),
             groups,
+            passed_over: groups
+                .filter(|g| g.fill == MaskedFill::NegInf)
+                .map(|g| config.selectable() / g.n_group / REDUCTION_LANES),
+            narrow: config.num_logits() <= SLOTS && groups.is_none(),
             raw,
             candidates: match config.top_k {
                 ..=NARROW_K => SLOTS,
@@ -160,13 +171,20 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// The logits, when they are f32, neighbours in memory and enter the score as they are.
+/// The logits, when they are f32, neighbours in memory, whole blocks, and enter the score as they are.
 fn in_place<'a>(job: &Job<'a>) -> Option<MatRef<'a, f32>> {
     let config = job.config;
     let changed =
         config.logit_multiplier != 1.0 || config.logit_softcap > 0.0 || config.noise_seed.is_some();
     match job.logits {
-        AnyMatRef::F32(m) if !changed && m.rows() > 0 && m.row_slice(0).is_some() => Some(m),
+        AnyMatRef::F32(m)
+            if !changed
+                && m.cols().is_multiple_of(REDUCTION_LANES)
+                && m.rows() > 0
+                && m.row_slice(0).is_some() =>
+        {
+            Some(m)
+        }
         _ => None,
     }
 }
@@ -189,6 +207,8 @@ pub(super) struct Room {
     ids: [[i32; ROW]; TOKENS],
     counts: [i32; TOKENS],
     group_scores: [[f32; SLOTS]; TOKENS],
+    /// For each token a bit for each of its best groups.
+    kept: [u32; TOKENS],
 }
 
 impl Default for Room {
@@ -204,53 +224,26 @@ impl Default for Room {
             ids: [[0; ROW]; TOKENS],
             counts: [0; TOKENS],
             group_scores: [[0.0; SLOTS]; TOKENS],
+            kept: [0; TOKENS],
         }
     }
 }
 
-/// A row in blocks of 32, the last filled up with −∞.
-struct Row<'a> {
-    whole: &'a [Block],
-    tail: Block,
-    len: usize,
-}
-
-impl<'a> Row<'a> {
-    #[inline(always)]
-    fn new<S: Simd>(s: S, row: &'a [f32]) -> Self {
-        let (whole, rest) = row.as_chunks();
-        let mut tail = [f32::NEG_INFINITY; REDUCTION_LANES];
-        if !rest.is_empty() {
-            for i in (0..REDUCTION_LANES).step_by(S::LANES) {
-                let x = s.load_partial(rest.get(i..).unwrap_or_default(), f32::NEG_INFINITY);
-                s.store_slice(&mut tail[i..], x);
-            }
-        }
-        let len = row.len().div_ceil(REDUCTION_LANES);
-        Self { whole, tail, len }
-    }
-
-    #[inline(always)]
-    fn block(&self, b: usize) -> &Block {
-        self.whole.get(b).unwrap_or(&self.tail)
-    }
-}
-
-/// The logits of the tokens of a batch.
+/// The logits of the tokens of a batch, in rows of whole blocks.
 #[derive(Clone, Copy)]
 enum Rows<'a> {
     /// From this token on.
     InPlace(MatRef<'a, f32>, usize),
-    /// Rows of so many blocks; so many logits in each.
-    Copied(&'a [Block], usize, usize),
+    /// Rows of so many blocks, the last filled up with −∞.
+    Copied(&'a [Block], usize),
 }
 
 impl<'a> Rows<'a> {
     #[inline(always)]
-    fn row(self, i: usize) -> &'a [f32] {
+    fn row(self, i: usize) -> &'a [Block] {
         match self {
-            Self::InPlace(m, first) => m.row_slice(first + i).unwrap_or_default(),
-            Self::Copied(z, blocks, n) => &z[i * blocks..(i + 1) * blocks].as_flattened()[..n],
+            Self::InPlace(m, first) => m.row_slice(first + i).unwrap_or_default().as_chunks().0,
+            Self::Copied(z, blocks) => &z[i * blocks..(i + 1) * blocks],
         }
     }
 }
@@ -266,10 +259,8 @@ pub(super) fn route<S: Simd>(
     out: &mut Out<'_>,
 ) {
     let config = job.config;
-    let (n, blocks) = (
-        config.num_logits(),
-        config.num_logits().div_ceil(REDUCTION_LANES),
-    );
+    let n = config.num_logits();
+    let blocks = n.div_ceil(REDUCTION_LANES);
     let tokens = out.tokens;
     let rows = match plan.in_place {
         Some(m) => Rows::InPlace(m, first),
@@ -280,11 +271,18 @@ pub(super) fn route<S: Simd>(
             {
                 load_row(s, job, t, z, &mut w.noise, &mut w.normals);
             }
-            Rows::Copied(&w.batch_z, blocks, n)
+            Rows::Copied(&w.batch_z, blocks)
         }
     };
     let room = &mut *w.room;
     room.strange = [0; TOKENS];
+    if plan.narrow {
+        room.counts = [0; TOKENS];
+        for tile in (0..tokens).step_by(S::LANES) {
+            route_narrow(s, job, plan, rows, tile, room, out);
+        }
+        return;
+    }
     if plan.ranked == Ranked::Computed {
         let values = &mut w.batch_values[..tokens * blocks];
         compute_values(s, job, plan, rows, values, room);
@@ -292,11 +290,15 @@ pub(super) fn route<S: Simd>(
             limit_groups(s, groups, values, blocks, tokens, room);
         }
         for (i, values) in values.chunks_exact(blocks).enumerate() {
-            column_maxima(s, &Row::new(s, values.as_flattened()), &mut room.columns[i]);
+            let columns = &mut room.columns[i];
+            match plan.passed_over {
+                Some(size) => kept_maxima(s, values, size, room.kept[i], columns),
+                None => column_maxima(s, values, columns),
+            }
         }
     } else {
         for i in 0..tokens {
-            column_maxima(s, &Row::new(s, rows.row(i)), &mut room.columns[i]);
+            column_maxima(s, rows.row(i), &mut room.columns[i]);
         }
     }
     for tile in (0..tokens).step_by(S::LANES) {
@@ -304,26 +306,37 @@ pub(super) fn route<S: Simd>(
     }
     if plan.softmax && plan.ranked != Ranked::Computed {
         for i in 0..tokens {
-            let sum = exp_sum(s, &Row::new(s, rows.row(i)), room.max[i]);
+            let sum = exp_sum(s, n, rows.row(i), room.max[i]);
             s.store_slice(&mut room.partial[i], sum);
         }
         sums(s, tokens, room);
     }
     for i in 0..tokens {
         let row = match plan.ranked {
-            Ranked::Computed => w.batch_values[i * blocks..(i + 1) * blocks].as_flattened(),
+            Ranked::Computed => &w.batch_values[i * blocks..(i + 1) * blocks],
             _ => rows.row(i),
         };
         let (values, ids) = (&mut room.values[i], &mut room.ids[i]);
-        room.counts[i] = collect(s, &Row::new(s, row), room.below[i], values, ids);
+        let below = room.below[i];
+        room.counts[i] = match plan.passed_over {
+            Some(size) => collect_kept(s, row, size, room.kept[i], below, values, ids),
+            None => collect(s, row, 0, 0, below, values, ids),
+        };
     }
     for tile in (0..tokens).step_by(S::LANES) {
-        finish_tile(s, job, plan, rows, tile, room, out);
+        let sorted = sorted_tile(s, plan, tile, room);
+        let max = s.load_slice(&room.max[tile..]);
+        let sum = s.load_slice(&room.sum[tile..]);
+        weigh_tile(s, job, plan, rows, tile, sorted, (max, sum), out);
     }
 }
 
 /// Whether token `i` of the last batch has to go the careful way.
 pub(super) fn is_strange(plan: &Plan<'_>, room: &Room, i: usize) -> bool {
+    // A narrow row is ranked whole, by the keys of the careful path.
+    if plan.narrow {
+        return false;
+    }
     room.strange[i] != 0
         || room.counts[i] > plan.candidates as i32
         || plan.softmax && room.sum[i].is_nan()

@@ -10,7 +10,8 @@
 
 use super::sort::sort_values;
 use super::tile::load_tile;
-use super::{MARGIN, MAX_CANDIDATES, Plan, REACH, ROW, Ranked, Room, Row, SLOTS};
+use super::{MARGIN, MAX_CANDIDATES, Plan, REACH, ROW, Ranked, Room, SLOTS};
+use crate::cpu::routing::logits::Block;
 use crate::cpu::routing::select::{key, key1};
 use crate::cpu::simd::math::REDUCTION_LANES;
 use crate::cpu::simd::{MAX_LANES, Simd};
@@ -58,22 +59,45 @@ fn below<S: Simd>(s: S, x: S::F) -> S::F {
 /// Rows so long have many blocks without a candidate, so that a branch is worth it.
 const SPARSE_BLOCKS: usize = 12;
 
-/// Moves all values above `below` to the front, with their ids; returns how many there are. Beyond [`MAX_CANDIDATES`] of them nothing is kept.
+/// [`collect`] from the groups, of `size` blocks, whose bits are set in `kept`.
+#[inline(always)]
+pub(super) fn collect_kept<S: Simd>(
+    s: S,
+    row: &[Block],
+    size: usize,
+    mut kept: u32,
+    below: f32,
+    values: &mut [i32; ROW],
+    ids: &mut [i32; ROW],
+) -> i32 {
+    let mut count = 0;
+    while kept != 0 {
+        let first = kept.trailing_zeros() as usize * size;
+        let group = &row[first..][..size];
+        count = collect(s, group, first * REDUCTION_LANES, count, below, values, ids);
+        kept &= kept - 1;
+    }
+    count
+}
+
+/// Moves all values above `below` to the front, with their ids, which begin at `first_id`; returns how many there are with the `count` that had been
+/// found before. Beyond [`MAX_CANDIDATES`] of them nothing is kept.
 #[inline(always)]
 pub(super) fn collect<S: Simd>(
     s: S,
-    row: &Row<'_>,
+    row: &[Block],
+    first_id: usize,
+    mut count: i32,
     below: f32,
     values: &mut [i32; ROW],
     ids: &mut [i32; ROW],
 ) -> i32 {
     const LANE: [i32; MAX_LANES] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
     let below = s.splat(below);
-    let (mut count, mut place) = (0, 0);
+    let mut place = (count as usize).min(MAX_CANDIDATES);
     let lane = s.load_slice_i(&LANE);
-    for b in 0..row.len {
-        let block = row.block(b);
-        if row.len > SPARSE_BLOCKS {
+    for (b, block) in row.iter().enumerate() {
+        if row.len() > SPARSE_BLOCKS {
             let mut any = 0;
             for i in (0..REDUCTION_LANES).step_by(S::LANES) {
                 any |= s.mask_bits(s.lt(below, s.load_slice(&block[i..])));
@@ -85,7 +109,7 @@ pub(super) fn collect<S: Simd>(
         for i in (0..REDUCTION_LANES).step_by(S::LANES) {
             let x = s.load_slice(&block[i..]);
             let found = s.lt(below, x);
-            let id = s.add_i(lane, s.splat_i((b * REDUCTION_LANES + i) as i32));
+            let id = s.add_i(lane, s.splat_i((first_id + b * REDUCTION_LANES + i) as i32));
             s.store_slice_i(&mut values[place..], s.compress(found, s.to_bits(x)));
             s.store_slice_i(&mut ids[place..], s.compress(found, id));
             count += s.mask_bits(found).count_ones() as i32;

@@ -7,35 +7,66 @@
 //!    by putting the lanes of neighbouring tokens side by side ([`Simd::zip`]): the same additions in the same order, so the same bits.
 
 use super::tile::load_tile;
-use super::{Plan, Room, Row, Rows, SLOTS};
+use super::{Plan, Room, Rows, SLOTS};
 use crate::cpu::routing::Job;
 use crate::cpu::routing::logits::{Block, elementwise};
 use crate::cpu::simd::Simd;
-use crate::cpu::simd::math::{Lanes32, REDUCTION_LANES, exp};
+use crate::cpu::simd::math::{Lanes32, REDUCTION_LANES, exp_low, exp_padded};
 use crate::routing::{RankBy, Score, Selection};
 
 /// The maximum of each of 32 interleaved columns, NaN passed over.
 #[inline(always)]
-pub(super) fn column_maxima<S: Simd>(s: S, row: &Row<'_>, out: &mut Block) {
+pub(super) fn column_maxima<S: Simd>(s: S, row: &[Block], out: &mut Block) {
     let mut max = Lanes32::new(s, f32::NEG_INFINITY);
-    for b in 0..row.len {
-        max.max(s, row.block(b));
+    for block in row {
+        max.max(s, block);
     }
     *out = max.lanes(s);
 }
 
-/// Σ exp(z − max), reduced to one vector.
+/// [`column_maxima`] of the groups, of `size` blocks, whose bits are set in `kept`.
 #[inline(always)]
-pub(super) fn exp_sum<S: Simd>(s: S, row: &Row<'_>, max: f32) -> S::F {
-    let max = s.splat(max);
-    let mut sum = Lanes32::new(s, 0.0);
-    for b in 0..row.len {
-        let z = row.block(b);
-        for i in 0..REDUCTION_LANES / S::LANES {
-            let e = exp(s, s.sub(s.load_slice(&z[i * S::LANES..]), max));
-            sum.add_vector(s, i, e);
+pub(super) fn kept_maxima<S: Simd>(
+    s: S,
+    row: &[Block],
+    size: usize,
+    mut kept: u32,
+    out: &mut Block,
+) {
+    let mut max = Lanes32::new(s, f32::NEG_INFINITY);
+    while kept != 0 {
+        for block in &row[kept.trailing_zeros() as usize * size..][..size] {
+            max.max(s, block);
         }
+        kept &= kept - 1;
     }
+    *out = max.lanes(s);
+}
+
+/// Calls `$each` with exp(z − max) for each vector of a row of `$n` logits: its block, its place there, and the exponential. A macro, since a closure
+/// that is not inlined would lose the instruction set.
+macro_rules! each_exp {
+    ($s:ident: $simd:ident, $n:expr, $row:expr, $max:expr, ($b:ident, $i:ident, $e:ident) => $each:expr) => {
+        let (row, max): (&[Block], _) = ($row, $s.splat($max));
+        for ($b, z) in row.iter().enumerate() {
+            let whole = ($b + 1) * REDUCTION_LANES <= $n;
+            for $i in 0..REDUCTION_LANES / $simd::LANES {
+                let x = $s.sub($s.load_slice(&z[$i * $simd::LANES..]), max);
+                let $e = match whole {
+                    true => exp_low($s, x),
+                    false => exp_padded($s, x),
+                };
+                $each;
+            }
+        }
+    };
+}
+
+/// Σ exp(z − max) of `n` logits, reduced to one vector.
+#[inline(always)]
+pub(super) fn exp_sum<S: Simd>(s: S, n: usize, row: &[Block], max: f32) -> S::F {
+    let mut sum = Lanes32::new(s, 0.0);
+    each_exp!(s: S, n, row, max, (_b, i, e) => sum.add_vector(s, i, e));
     sum.fold(s)
 }
 
@@ -59,16 +90,14 @@ pub(super) fn compute_values<S: Simd>(
         }
     );
     if plan.softmax {
-        softmax_values(s, rows, values, blocks, room);
+        softmax_values(s, config.num_logits(), rows, values, blocks, room);
     }
     for (i, values) in values.chunks_exact_mut(blocks).enumerate() {
-        let row = Row::new(s, rows.row(i));
-        let sum = s.splat(room.sum[i]);
+        let (row, sum) = (rows.row(i), s.splat(room.sum[i]));
         // A macro, since a closure that is not inlined would lose the instruction set.
         macro_rules! fill {
             ($x:ident, $old:ident => $f:expr) => {
-                for (b, values) in values.iter_mut().enumerate() {
-                    let z = row.block(b);
+                for (b, (values, z)) in values.iter_mut().zip(row).enumerate() {
                     for i in (0..REDUCTION_LANES).step_by(S::LANES) {
                         #[allow(unused_variables)]
                         let ($x, $old) = (s.load_slice(&z[i..]), s.load_slice(&values[i..]));
@@ -98,6 +127,7 @@ pub(super) fn compute_values<S: Simd>(
 #[inline(always)]
 pub(super) fn softmax_values<S: Simd>(
     s: S,
+    n: usize,
     rows: Rows<'_>,
     values: &mut [Block],
     blocks: usize,
@@ -105,7 +135,7 @@ pub(super) fn softmax_values<S: Simd>(
 ) {
     let tokens = values.len() / blocks;
     for i in 0..tokens {
-        column_maxima(s, &Row::new(s, rows.row(i)), &mut room.columns[i]);
+        column_maxima(s, rows.row(i), &mut room.columns[i]);
     }
     for tile in (0..tokens).step_by(S::LANES) {
         let mut max = s.splat(f32::NEG_INFINITY);
@@ -117,16 +147,11 @@ pub(super) fn softmax_values<S: Simd>(
         s.store_slice(&mut room.max[tile..], max);
     }
     for (i, values) in values.chunks_exact_mut(blocks).enumerate() {
-        let (row, max) = (Row::new(s, rows.row(i)), s.splat(room.max[i]));
         let mut sum = Lanes32::new(s, 0.0);
-        for (b, values) in values.iter_mut().enumerate() {
-            let z = row.block(b);
-            for i in 0..REDUCTION_LANES / S::LANES {
-                let e = exp(s, s.sub(s.load_slice(&z[i * S::LANES..]), max));
-                s.store_slice(&mut values[i * S::LANES..], e);
-                sum.add_vector(s, i, e);
-            }
-        }
+        each_exp!(s: S, n, rows.row(i), room.max[i], (b, i, e) => {
+            s.store_slice(&mut values[b][i * S::LANES..], e);
+            sum.add_vector(s, i, e);
+        });
         s.store_slice(&mut room.partial[i], sum.fold(s));
     }
     sums(s, tokens, room);

@@ -13,9 +13,12 @@ use super::{Plan, Ranked, Raw, Room, Rows, SLOTS};
 use crate::cpu::routing::logits::elementwise;
 use crate::cpu::routing::select::{NAN, key};
 use crate::cpu::routing::{Job, Out, weigh};
-use crate::cpu::simd::math::exp;
+use crate::cpu::simd::math::exp_low;
 use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::routing::{Renorm, RouterConfig};
+
+/// A NaN.
+const NAN_BITS: i32 = f32::NAN.to_bits() as i32;
 
 /// Keys and ids of candidates `first .. first + 16` of each token of a tile, sorted.
 #[inline(always)]
@@ -37,7 +40,7 @@ fn sorted_candidates<S: Simd>(
     let mut ids = [s.splat_i(0); SLOTS];
     for slot in 0..SLOTS {
         let value = match plan.ranked {
-            Ranked::Softmax => s.div(exp(s, s.sub(values[slot], max)), sum),
+            Ranked::Softmax => s.div(exp_low(s, s.sub(values[slot], max)), sum),
             Ranked::Logit | Ranked::Computed => values[slot],
         };
         let is_one = s.gt_i(counts, s.splat_i((first + slot) as i32));
@@ -49,32 +52,42 @@ fn sorted_candidates<S: Simd>(
     (keys, ids)
 }
 
-/// Sorts the candidates of a tile and writes ids and weights.
+/// Sorts the candidates of a tile.
 #[inline(always)]
-pub(super) fn finish_tile<S: Simd>(
+pub(super) fn sorted_tile<S: Simd>(
     s: S,
-    job: &Job<'_>,
     plan: &Plan<'_>,
-    rows: Rows<'_>,
     tile: usize,
     room: &Room,
-    out: &mut Out<'_>,
-) {
-    let k = job.config.top_k;
-    let (max, sum) = (
-        s.load_slice(&room.max[tile..]),
-        s.load_slice(&room.sum[tile..]),
-    );
+) -> ([S::I; SLOTS], [S::I; SLOTS]) {
     let (mut keys, mut ids) = sorted_candidates(s, plan, tile, 0, room);
     if plan.candidates > SLOTS {
         let (more_keys, more_ids) = sorted_candidates(s, plan, tile, SLOTS, room);
         merge_keys(s, &mut keys, &mut ids, &more_keys, &more_ids);
     }
+    (keys, ids)
+}
+
+/// Ids and weights of a tile from its sorted keys; `max` and `sum` are those of the tokens' softmax, where the plan has one.
+#[inline(always)]
+pub(super) fn weigh_tile<S: Simd>(
+    s: S,
+    job: &Job<'_>,
+    plan: &Plan<'_>,
+    rows: Rows<'_>,
+    tile: usize,
+    (keys, ids): ([S::I; SLOTS], [S::I; SLOTS]),
+    (max, sum): (S::F, S::F),
+    out: &mut Out<'_>,
+) {
+    let k = job.config.top_k;
     let mut weights = [s.splat(0.0); SLOTS];
     match plan.raw {
         Raw::Key => {
             for (w, &key) in weights.iter_mut().zip(&keys[..k]) {
-                *w = s.from_bits(key);
+                // The key of NaN, and of what is no candidate, has the bits of a subnormal number, with which arithmetic is slow.
+                let is_number = s.gt_i(key, s.splat_i(NAN));
+                *w = s.from_bits(s.select_i(is_number, key, s.splat_i(NAN_BITS)));
             }
         }
         _ => {
@@ -83,7 +96,7 @@ pub(super) fn finish_tile<S: Simd>(
                 Raw::Selected => softmax_selected(s, k, &mut weights),
                 Raw::Softmax => {
                     for w in &mut weights[..k] {
-                        *w = s.div(exp(s, s.sub(*w, max)), sum);
+                        *w = s.div(exp_low(s, s.sub(*w, max)), sum);
                     }
                 }
                 _ => {
@@ -129,7 +142,7 @@ fn fetch_logits<S: Simd>(
         s.store_slice_i(of, ids);
     }
     for (lane, i) in (tile..tokens).take(S::LANES).enumerate() {
-        let row = rows.row(i);
+        let row = rows.row(i).as_flattened();
         for (logits, of) in logits.iter_mut().zip(&of).take(ids.len()) {
             // A strange token's ids are whatever was there before.
             logits[lane] = row.get(of[lane] as usize).copied().unwrap_or_default();
@@ -149,7 +162,7 @@ fn softmax_selected<S: Simd>(s: S, k: usize, z: &mut [S::F; SLOTS]) {
     }
     let mut sum = [s.splat(0.0); SLOTS];
     for (z, sum) in z.iter_mut().zip(&mut sum).take(k) {
-        *z = exp(s, s.sub(*z, max));
+        *z = exp_low(s, s.sub(*z, max));
         *sum = s.add(*sum, *z);
     }
     for off in [8, 4, 2, 1] {
