@@ -9,14 +9,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-target/gpu-bundle}
 # Not cuda_host: it needs the source tree and a C compiler, and a mock instead of a GPU.
-tests=(cuda_moe cuda_routing cuda_permute cuda_combine cuda_grouped_gemm cuda_grouped_gemm_sm90)
+tests=(cuda_moe cuda_routing cuda_permute cuda_combine cuda_grouped_gemm cuda_grouped_gemm_sm90 capi_cuda)
 
 rm -rf "$out"
 mkdir -p "$out/bin"
 for name in "${tests[@]}"; do
     [[ -f tests/$name.rs || -d tests/$name ]] || { echo "no tests/$name.rs: left out" >&2; continue; }
     # The compiler says where it put the executable.
-    executable=$(cargo test --release --features cuda --test "$name" --no-run --message-format=json 2>/dev/null |
+    executable=$(cargo test --release --features cuda,capi --test "$name" --no-run --message-format=json 2>/dev/null |
         sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
     [[ -n $executable ]] || { echo "tests/$name.rs does not build" >&2; exit 1; }
     strip -o "$out/bin/$name" "$executable"

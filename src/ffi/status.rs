@@ -7,7 +7,8 @@ use std::cell::RefCell;
 use std::ffi::CString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// What a call came to: MOE_OK, or one of MOE_ERROR_*. After an error nothing has been written, and moe_last_error() names the argument.
+/// What a call came to: MOE_OK, or one of MOE_ERROR_*. After an error (but for MOE_ERROR_INTERNAL and MOE_ERROR_DRIVER) nothing has been written, and
+/// moe_last_error() names the argument.
 pub type moe_status = i32;
 
 /// Done.

@@ -196,6 +196,11 @@ fn stride(argument: &'static str, name: &'static str, stride: isize) -> Checked<
         .map_err(|_| Fault::value(argument, format_args!("{name} of 0 or more"), stride))
 }
 
+/// A stride that is walked; of a single element, which may have any, another that overflows nowhere.
+fn walked(count: usize, stride: usize, otherwise: usize) -> usize {
+    if count > 1 { stride } else { otherwise }
+}
+
 /// Elements from the first of `experts` matrices to one past the last.
 fn extent_of(
     argument: &'static str,
@@ -287,7 +292,7 @@ impl DeviceRegions {
             cols: m.cols,
             data: DeviceRows {
                 ptr: DevicePtr(m.data),
-                stride: row_stride,
+                stride: walked(m.rows, row_stride, m.cols),
                 dtype,
             },
         };
@@ -381,8 +386,8 @@ impl DeviceRegions {
             data: WeightPointers {
                 ptr: DevicePtr(w.data),
                 dtype,
-                row_stride,
-                expert_stride,
+                row_stride: walked(w.rows, row_stride, w.cols),
+                expert_stride: walked(w.experts, expert_stride, 0),
             },
         }))
     }
