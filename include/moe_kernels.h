@@ -13,7 +13,10 @@
  *   moe_matrix and moe_matrix_mut have none: they stay as they are.
  * - Handles may be used from any thread. As const, by several calls at a time; a call that would change a handle in use gets MOE_ERROR_BUSY.
  * - Sizes and strides count elements, but for names that end in bytes. T tokens, H hidden, I intermediate, E experts, K experts of a token, R logits of a token.
- * - The same input gives the same bits on every instruction set and for any number of threads.
+ * - The same input gives the same bits on every instruction set and for any number of threads. docs/gpu.md says which bits a GPU shares.
+ * - Functions moe_cuda_* queue on a stream of the context that is current on the calling thread, and return: nothing is allocated, waited for or read back. Memory of the
+ *   GPU is borrowed until the stream has run what they queued. They check all of the above; what they cannot check is that an address is memory of the GPU and of this
+ *   context, and that it is there for as many bytes as the caller says. Without a driver, and in a library without the GPU backend, they return MOE_ERROR_UNSUPPORTED.
  * - No function throws, unwinds or calls exit. Memory that cannot be had is a status where a call's sizes are large; where the system has none left for small
  *   things, the process ends.
  */
@@ -170,7 +173,8 @@ typedef struct moe_router moe_router;
 // Ids, weights and permutation of a call, with its scratch. One call at a time may use it; reuse it, so that calls allocate nothing.
 typedef struct moe_routing moe_routing;
 
-// What a call came to: MOE_OK, or one of MOE_ERROR_*. After an error nothing has been written, and moe_last_error() names the argument.
+// What a call came to: MOE_OK, or one of MOE_ERROR_*. After an error (but for MOE_ERROR_INTERNAL and MOE_ERROR_DRIVER) nothing has been written, and
+// moe_last_error() names the argument.
 typedef int32_t moe_status;
 
 // How to make a moe_cpu. Zeros (with struct_size) are the defaults.

@@ -322,7 +322,9 @@ fn run(device: &mut Device, list: &[Wrong]) {
         assert_eq!(status, *expected, "{n}: {}", last_error());
         if status != MOE_OK {
             // The argument's whole name: what follows is no part of one.
-            let rest = last_error().strip_prefix(text).map(|rest| rest.starts_with([':', ' ', '.']));
+            let rest = last_error()
+                .strip_prefix(text)
+                .map(|rest| rest.starts_with([':', ' ', '.']));
             assert_eq!(rest, Some(true), "{n}: {}", last_error());
         }
         if device.gpu.is_some() && status != MOE_OK {

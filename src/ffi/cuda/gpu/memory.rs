@@ -11,7 +11,7 @@ use crate::ffi::ranges::Ranges;
 use crate::ffi::status::*;
 use crate::matrix::extent;
 
-/// The memory of one call. A layer has the most: 27 ranges.
+/// The memory of one call. A layer has the most: 29 ranges, those that it refuses included.
 pub(super) struct DeviceRegions(Ranges<32>);
 
 /// A matrix of checked extent, whose shape is still to be compared.
