@@ -11,11 +11,15 @@ mod gpu;
 
 mod absent;
 #[cfg(feature = "cuda")]
+mod arbitrary;
+#[cfg(feature = "cuda")]
 mod layer;
 #[cfg(feature = "cuda")]
 mod operands;
 #[cfg(feature = "cuda")]
 mod refused;
+#[cfg(feature = "cuda")]
+mod refused_stages;
 #[cfg(feature = "cuda")]
 mod stages;
 #[cfg(feature = "cuda")]
@@ -24,11 +28,17 @@ mod world;
 use moe_kernels::ffi::*;
 use std::ffi::CStr;
 
-const T: usize = 11;
-const H: usize = 40;
-const I: usize = 24;
-const E: usize = 8;
-const K: usize = 2;
+/// The sizes of all tests.
+#[cfg(feature = "cuda")]
+mod sizes {
+    pub const T: usize = 11;
+    pub const H: usize = 40;
+    pub const I: usize = 24;
+    pub const E: usize = 8;
+    pub const K: usize = 2;
+}
+#[cfg(feature = "cuda")]
+use sizes::*;
 
 fn last_error() -> String {
     // SAFETY: the text stays until this thread's next error.
@@ -37,6 +47,7 @@ fn last_error() -> String {
         .into_owned()
 }
 
+#[cfg(feature = "cuda")]
 #[track_caller]
 fn must(status: moe_status) {
     assert_eq!(status, MOE_OK, "{}", last_error());
