@@ -13,7 +13,10 @@
  *   moe_matrix and moe_matrix_mut have none: they stay as they are.
  * - Handles may be used from any thread. As const, by several calls at a time; a call that would change a handle in use gets MOE_ERROR_BUSY.
  * - Sizes and strides count elements, but for names that end in bytes. T tokens, H hidden, I intermediate, E experts, K experts of a token, R logits of a token.
- * - The same input gives the same bits on every instruction set and for any number of threads.
+ * - The same input gives the same bits on every instruction set and for any number of threads. docs/gpu.md says which bits a GPU shares.
+ * - Functions moe_cuda_* queue on a stream of the context that is current on the calling thread, and return: nothing is allocated, waited for or read back. Memory of the
+ *   GPU is borrowed until the stream has run what they queued. They check all of the above; what they cannot check is that an address is memory of the GPU and of this
+ *   context, and that it is there for as many bytes as the caller says. Without a driver, and in a library without the GPU backend, they return MOE_ERROR_UNSUPPORTED.
  * - No function throws, unwinds or calls exit. Memory that cannot be had is a status where a call's sizes are large; where the system has none left for small
  *   things, the process ends.
  */
@@ -138,8 +141,19 @@
 // y + sum of gamma * S(x) with the router's joint shared weights.
 #define MOE_JOIN_ROUTER_WEIGHTED 3
 
+// moe_cuda_layer_config.numerics, moe_cuda_gemm_args.numerics: f16 and bf16 on tensor cores, f32 exactly.
+#define MOE_CUDA_TENSOR_CORES 0
+// The same, with f32 on tensor cores, rounded to TF32.
+#define MOE_CUDA_TF32 1
+// Every format by chains of f32 fused multiply-adds: the CPU's bits.
+#define MOE_CUDA_EXACT 2
+
 // An instruction set and threads. Calls that take it as const may run at the same time in several threads and share its pool.
 typedef struct moe_cpu moe_cpu;
+
+// A layer on the GPU: plain data on the host, of no context, without weights. Calls take it as const and may run at the same time in several threads, each with a workspace
+// of its own. Work that is queued does not need it any more.
+typedef struct moe_cuda_layer moe_cuda_layer;
 
 // All experts of a layer, packed (copied) for one instruction set.
 typedef struct moe_experts moe_experts;
@@ -159,7 +173,8 @@ typedef struct moe_router moe_router;
 // Ids, weights and permutation of a call, with its scratch. One call at a time may use it; reuse it, so that calls allocate nothing.
 typedef struct moe_routing moe_routing;
 
-// What a call came to: MOE_OK, or one of MOE_ERROR_*. After an error nothing has been written, and moe_last_error() names the argument.
+// What a call came to: MOE_OK, or one of MOE_ERROR_*. After an error (but for MOE_ERROR_INTERNAL and MOE_ERROR_DRIVER) nothing has been written, and
+// moe_last_error() names the argument.
 typedef int32_t moe_status;
 
 // How to make a moe_cpu. Zeros (with struct_size) are the defaults.
@@ -576,6 +591,395 @@ typedef struct {
   uint32_t reserved;
 } moe_forward;
 
+// What the current context's device is. Set struct_size.
+typedef struct {
+  // sizeof(moe_cuda_device)
+  size_t struct_size;
+  // Major number of the compute capability: 9 for an H100.
+  uint32_t compute_major;
+  // Minor number.
+  uint32_t compute_minor;
+  // Multiprocessors.
+  uint32_t sm_count;
+  // Bytes of shared memory that one block may have.
+  uint32_t shared_per_block;
+  // Bytes of the L2 cache.
+  uint64_t l2_bytes;
+  // The CUDA version that the driver supports: 12040 for 12.4.
+  uint32_t driver_version;
+  // 0
+  uint32_t reserved;
+} moe_cuda_device;
+
+// An address in a GPU's memory, 0 for none: a CUdeviceptr as it is, a pointer of the runtime API as (moe_device_ptr)(uintptr_t)p, a tensor's data_ptr(). An integer,
+// so that nobody follows it on the host.
+typedef uint64_t moe_device_ptr;
+
+// A matrix in a GPU's memory, read or written: element (i, j) is data[i * row_stride + j].
+//
+// data is aligned to its elements, and may be 0 where there are none. 16-byte alignment of data and of the rows is fastest. Set reserved to 0.
+typedef struct {
+  // The first element.
+  moe_device_ptr data;
+  // Bytes that may be used from data on; a matrix that would reach beyond is refused.
+  size_t bytes;
+  // Number of rows.
+  size_t rows;
+  // Number of columns.
+  size_t cols;
+  // Elements from one row to the next, at least cols where there are several rows.
+  ptrdiff_t row_stride;
+  // MOE_DTYPE_*
+  moe_dtype dtype;
+  // 0
+  uint32_t reserved;
+} moe_device_matrix;
+
+// Equally shaped matrices in a GPU's memory, one for each expert: element (e, i, j) is data[e * expert_stride + i * row_stride + j]. Out-features are rows.
+typedef struct {
+  // The first element.
+  moe_device_ptr data;
+  // Bytes that may be read from data on; weights that would reach beyond are refused.
+  size_t bytes;
+  // Number of matrices.
+  size_t experts;
+  // Rows of each.
+  size_t rows;
+  // Columns of each.
+  size_t cols;
+  // Elements from one matrix to the next, 0 or more.
+  ptrdiff_t expert_stride;
+  // Elements from one row to the next, at least cols where there are several rows.
+  ptrdiff_t row_stride;
+  // MOE_DTYPE_*
+  moe_dtype dtype;
+  // 0
+  uint32_t reserved;
+} moe_device_weights;
+
+// The experts' weights in the GPU's memory, where the caller has them. Absent matrices are NULL. Biases may be of any dtype, one for a product.
+typedef struct {
+  // sizeof(moe_cuda_expert_weights)
+  size_t struct_size;
+  // [E, I, H] (MOE_LAYOUT_SEPARATE, gated), else NULL. E counts the experts that the layer holds.
+  const moe_device_weights *gate;
+  // [E, I, H] (MOE_LAYOUT_SEPARATE), else NULL.
+  const moe_device_weights *up;
+  // [E, 2I, H] (the other layouts), else NULL.
+  const moe_device_weights *gate_up;
+  // [E, H, I]
+  const moe_device_weights *down;
+  // [E, I] (MOE_LAYOUT_SEPARATE, gated)
+  const moe_device_matrix *gate_bias;
+  // [E, I] (MOE_LAYOUT_SEPARATE)
+  const moe_device_matrix *up_bias;
+  // [E, 2I] (the other layouts), laid out as gate_up is.
+  const moe_device_matrix *gate_up_bias;
+  // [E, H]
+  const moe_device_matrix *down_bias;
+  // MOE_LAYOUT_*
+  uint32_t layout;
+  // 0
+  uint32_t reserved;
+} moe_cuda_expert_weights;
+
+// An RMS norm in the GPU's memory: x / sqrt(mean(x^2) + eps) * weight * multiplier.
+typedef struct {
+  // sizeof(moe_cuda_rms_norm)
+  size_t struct_size;
+  // [H] f32, as it is applied.
+  moe_device_ptr weight;
+  // H
+  size_t len;
+  // Under the root, 0 or more.
+  float eps;
+  // One more factor; 0 counts as 1.
+  float multiplier;
+} moe_cuda_rms_norm;
+
+// One call of a layer on the GPU. The routing comes from exactly one of gate, logits, and ids with weights. Zeros (with struct_size) are the defaults of what
+// else is not needed. Structs are read during the call; memory of the GPU is used until the stream has run what was queued.
+typedef struct {
+  // sizeof(moe_cuda_forward)
+  size_t struct_size;
+  // [T, H] of the layer's dtype.
+  const moe_device_matrix *x;
+  // [T, H], any dtype.
+  const moe_device_matrix *y;
+  // [R, H], any dtype: logits = x * gate^T + gate_bias, exact f32.
+  const moe_device_matrix *gate;
+  // [R] f32
+  moe_device_ptr gate_bias;
+  // Elements of gate_bias.
+  size_t gate_bias_len;
+  // [T, R], any dtype.
+  const moe_device_matrix *logits;
+  // [T, K] int32, as they are: the router is not asked. Ids that name no expert count as dropped.
+  moe_device_ptr ids;
+  // Elements of ids.
+  size_t ids_len;
+  // [T, K] f32, with ids.
+  moe_device_ptr weights;
+  // Elements of weights.
+  size_t weights_len;
+  // [T, K] int32 for a router of MOE_SELECT_GIVEN, with gate or logits.
+  moe_device_ptr given_ids;
+  // Elements of given_ids.
+  size_t given_ids_len;
+  // [E + num_null] f32, added to what the selection ranks; wanted when the router had one.
+  moe_device_ptr correction_bias;
+  // Elements of correction_bias.
+  size_t correction_bias_len;
+  // [E] f32, a factor on each expert's weights; wanted when the router had one.
+  moe_device_ptr per_expert_scale;
+  // Elements of per_expert_scale.
+  size_t per_expert_scale_len;
+  // [T, R] for a router with a noise seed, of the logits' dtype (f32 with gate).
+  const moe_device_matrix *noise_logits;
+  // Position of the first token, for noise.
+  uint64_t position;
+  // The experts.
+  const moe_cuda_expert_weights *experts;
+  // The shared expert, with E = 1, when and only when the layer has one.
+  const moe_cuda_expert_weights *shared;
+  // [1, H] for MOE_JOIN_SIGMOID_GATE, any dtype.
+  const moe_device_matrix *shared_gate;
+  // Normalises the output, after the shared expert.
+  const moe_cuda_rms_norm *out_norm;
+  // [H] f32, added after the norm.
+  moe_device_ptr out_bias;
+  // Elements of out_bias.
+  size_t out_bias_len;
+  // [T, H], any dtype, added last. May be y itself: the same data, stride and dtype.
+  const moe_device_matrix *residual;
+  // Memory to work in, of any content and alignment; see moe_cuda_layer_workspace_size. Calls that may run at the same time need one each.
+  moe_device_ptr workspace;
+  // Bytes of workspace.
+  size_t workspace_bytes;
+} moe_cuda_forward;
+
+// What a layer on the GPU does. Zeros (with struct_size) are the defaults of all but hidden, intermediate, activation and dtype.
+typedef struct {
+  // sizeof(moe_cuda_layer_config)
+  size_t struct_size;
+  // H
+  size_t hidden;
+  // I
+  size_t intermediate;
+  // Between the experts' products.
+  const moe_activation *activation;
+  // The layer holds experts first_local .. first_local + num_local of the router's and skips the pairs of others (expert parallelism: outputs add up). Identity experts belong
+  // to the layer that holds expert 0.
+  size_t first_local;
+  // See first_local; 0 stands for all experts.
+  size_t num_local;
+  // I of the expert that every token visits; 0: there is none. Several that only add up are one whose I is the sum of theirs.
+  size_t shared_intermediate;
+  // Its activation; NULL: that of the others.
+  const moe_activation *shared_activation;
+  // How it joins: MOE_JOIN_ADD, MOE_JOIN_SIGMOID_GATE or MOE_JOIN_AVERAGE.
+  uint32_t shared_join;
+  // MOE_DTYPE_* of x and of what is between the products. Weights in the same dtype go to tensor cores; others are computed exactly.
+  moe_dtype dtype;
+  // MOE_DTYPE_* of the experts' outputs until they are summed; 0: f32. 16 bits are half the traffic and one rounding more.
+  moe_dtype ys_dtype;
+  // MOE_CUDA_*
+  uint32_t numerics;
+  // 1: a token has the same bits whatever the number of tokens; the kernels for few rows, which sum in another order, are not used.
+  uint32_t strict;
+  // 1: a pair's weight multiplies the expert's input instead of its output (Llama 4).
+  uint32_t weight_on_input;
+  // A factor on the routed sum, before the shared expert; 0 counts as 1.
+  float routed_scale;
+  // 0
+  uint32_t reserved;
+} moe_cuda_layer_config;
+
+// What moe_cuda_route reads and writes. Zeros (with struct_size) are the defaults of what the router does not want.
+typedef struct {
+  // sizeof(moe_cuda_route_args)
+  size_t struct_size;
+  // [T, R], any dtype; computed in f32.
+  const moe_device_matrix *logits;
+  // [T, R] of the same dtype for a router with a noise seed, else NULL.
+  const moe_device_matrix *noise_logits;
+  // [T, K] int32 for MOE_SELECT_GIVEN, else 0. An id that names no expert counts as dropped.
+  moe_device_ptr given_ids;
+  // Elements of given_ids.
+  size_t given_ids_len;
+  // [E + num_null] f32; wanted when the router has one on the host.
+  moe_device_ptr correction_bias;
+  // Elements of correction_bias.
+  size_t correction_bias_len;
+  // [E] f32; wanted when the router has one on the host.
+  moe_device_ptr per_expert_scale;
+  // Elements of per_expert_scale.
+  size_t per_expert_scale_len;
+  // Position of the first token, for noise.
+  uint64_t position;
+  // Out: [T, slots] int32 or more.
+  moe_device_ptr ids;
+  // Elements of ids.
+  size_t ids_len;
+  // Out: [T, slots] f32 or more.
+  moe_device_ptr weights;
+  // Elements of weights.
+  size_t weights_len;
+  // Out: [T, joint_shared] f32 or more, for such routers.
+  moe_device_ptr shared_weights;
+  // Elements of shared_weights.
+  size_t shared_weights_len;
+  // At a multiple of 8 bytes; see moe_cuda_route_workspace_size.
+  moe_device_ptr workspace;
+  // Bytes of workspace.
+  size_t workspace_bytes;
+} moe_cuda_route_args;
+
+// What moe_cuda_permute reads and writes.
+typedef struct {
+  // sizeof(moe_cuda_permute_args)
+  size_t struct_size;
+  // E
+  size_t num_experts;
+  // How to sort, or NULL.
+  const moe_permute_options *options;
+  // [T * K] int32; ids that name no expert get no row.
+  moe_device_ptr ids;
+  // Elements of ids: the number of pairs.
+  size_t ids_len;
+  // Out: [E] int32 or more: rows of each expert without padding.
+  moe_device_ptr counts;
+  // Elements of counts.
+  size_t counts_len;
+  // Out: [E + 1] int32 or more: expert e has rows offsets[e] .. offsets[e + 1], padding included.
+  moe_device_ptr offsets;
+  // Elements of offsets.
+  size_t offsets_len;
+  // Out: [max_rows] uint32 or more, see moe_cuda_permute_sizes: the pair of a row; MOE_NONE for padding and, up to max_rows, from offsets[E] on.
+  moe_device_ptr pair_of_row;
+  // Elements of pair_of_row.
+  size_t pair_of_row_len;
+  // Out: [T * K] uint32 or more: the row of a pair, or MOE_NONE.
+  moe_device_ptr row_of_pair;
+  // Elements of row_of_pair.
+  size_t row_of_pair_len;
+  // At a multiple of 4 bytes; see moe_cuda_permute_sizes.
+  moe_device_ptr workspace;
+  // Bytes of workspace.
+  size_t workspace_bytes;
+} moe_cuda_permute_args;
+
+// out[i] = src[index[i] / divisor], zeros where index[i] is MOE_NONE or leads beyond src.
+//
+// Tokens to rows: index = pair_of_row, divisor = K, used = the address of offsets[E]. Rows back to pairs: index = row_of_pair, divisor = 1. The grouped product gathers by itself.
+typedef struct {
+  // sizeof(moe_cuda_copy_args)
+  size_t struct_size;
+  // [src_rows, H]
+  const moe_device_matrix *src;
+  // [rows, H] of the same dtype.
+  const moe_device_matrix *out;
+  // [rows] uint32 or more.
+  moe_device_ptr index;
+  // Elements of index.
+  size_t index_len;
+  // One int32: rows of out from this one on are left as they are. 0: all are written.
+  moe_device_ptr used;
+  // What indices are divided by, at least 1.
+  size_t divisor;
+} moe_cuda_copy_args;
+
+// out[r] = act(a[src(r)] * W[e]^T + bias[e]) for the rows r of each expert e, offsets[e] .. offsets[e] + counts[e]; src(r) = pair_of_row[r] / slots, or r without
+// pair_of_row. Rows of no expert, such as padding, are left as they are.
+typedef struct {
+  // sizeof(moe_cuda_gemm_args)
+  size_t struct_size;
+  // [a_rows, K]
+  const moe_device_matrix *a;
+  // [rows] uint32 or more, from a sort; 0: row r of out is row r of a.
+  moe_device_ptr pair_of_row;
+  // Elements of pair_of_row.
+  size_t pair_of_row_len;
+  // Pairs of a token, with pair_of_row.
+  size_t slots;
+  // [a_rows * slots] f32, a factor on each pair's input, with pair_of_row; 0 for none.
+  moe_device_ptr input_scale;
+  // Elements of input_scale.
+  size_t input_scale_len;
+  // [E + 1] int32 or more; 0, and counts too: all rows are the first matrix's.
+  moe_device_ptr offsets;
+  // Elements of offsets.
+  size_t offsets_len;
+  // [E] int32 or more.
+  moe_device_ptr counts;
+  // Elements of counts.
+  size_t counts_len;
+  // [E, N, K], with a gated activation only.
+  const moe_device_weights *gate;
+  // [E, N, K]
+  const moe_device_weights *up;
+  // [E, N] or NULL.
+  const moe_device_matrix *gate_bias;
+  // [E, N] or NULL, of gate_bias's dtype.
+  const moe_device_matrix *up_bias;
+  // What happens to the sums; NULL: nothing.
+  const moe_activation *activation;
+  // [rows, N], any dtype.
+  const moe_device_matrix *out;
+  // MOE_CUDA_*
+  uint32_t numerics;
+  // 1: a row has the same bits whatever the number of rows.
+  uint32_t strict;
+} moe_cuda_gemm_args;
+
+// The operands of moe_cuda_combine, those of moe_combine_args in the GPU's memory. For token t, in f32 and in this order:
+//
+// a = sum over slots of weights[t, slot] * ys[row_of_pair[t * slots + slot]]; a * routed_scale; shared experts; norm; + bias; + residual.
+typedef struct {
+  // sizeof(moe_cuda_combine_args)
+  size_t struct_size;
+  // [rows, H], any dtype.
+  const moe_device_matrix *ys;
+  // [T * slots] f32, or 0 for ones.
+  moe_device_ptr weights;
+  // Elements of weights.
+  size_t weights_len;
+  // [T * slots] uint32: rows of ys; MOE_NONE or beyond: passed over.
+  moe_device_ptr row_of_pair;
+  // Elements of row_of_pair.
+  size_t row_of_pair_len;
+  // Pairs of a token.
+  size_t slots;
+  // With identity experts: ids [T * slots] int32, those from num_experts on return x.
+  moe_device_ptr ids;
+  // Elements of ids.
+  size_t ids_len;
+  // E, with identity experts.
+  size_t num_experts;
+  // [T, H], with identity experts.
+  const moe_device_matrix *x;
+  // [T, H], any dtype: the shared experts' output.
+  const moe_device_matrix *shared;
+  // [T] f32 logits, for MOE_SHARED_SIGMOID_GATE.
+  moe_device_ptr shared_gate;
+  // Elements of shared_gate.
+  size_t shared_gate_len;
+  // A norm over H.
+  const moe_cuda_rms_norm *norm;
+  // [H] f32
+  moe_device_ptr bias;
+  // Elements of bias.
+  size_t bias_len;
+  // [T, H], any dtype. May be out itself: the same data, stride and dtype.
+  const moe_device_matrix *residual;
+  // [T, H], any dtype.
+  const moe_device_matrix *out;
+  // MOE_SHARED_*
+  uint32_t shared_kind;
+  // Factor on the sum; 1 changes nothing.
+  float routed_scale;
+} moe_cuda_combine_args;
+
 // Done.
 #define MOE_OK 0
 // A matrix or array has the wrong number of rows, columns or elements.
@@ -588,7 +992,7 @@ typedef struct {
 #define MOE_ERROR_OVERFLOW 4
 // Weights were packed on another instruction set than the one that was asked to run.
 #define MOE_ERROR_PACKED_FOR 5
-// This CPU, or this build, lacks what was asked for.
+// This CPU, this GPU or its driver, or this build, lacks what was asked for.
 #define MOE_ERROR_UNSUPPORTED 6
 // A name means nothing here.
 #define MOE_ERROR_UNKNOWN_NAME 7
@@ -604,10 +1008,12 @@ typedef struct {
 #define MOE_ERROR_HANDLE 12
 // A handle is in use by another call that changes it, or would be changed while in use.
 #define MOE_ERROR_BUSY 13
-// Memory or threads could not be had.
+// Memory (the GPU's included) or threads could not be had.
 #define MOE_ERROR_OUT_OF_RESOURCES 14
 // A bug in this library was caught; outputs of the call hold anything. Please report the text.
 #define MOE_ERROR_INTERNAL 15
+// The CUDA driver refused a call; the text has the call, the CUresult and its meaning. Earlier work of the stream that went wrong may show here, too.
+#define MOE_ERROR_DRIVER 16
 // IEEE binary32.
 #define MOE_DTYPE_F32 1
 // IEEE binary16.
@@ -945,6 +1351,88 @@ moe_status moe_router_z_loss(const moe_cpu *cpu, const moe_matrix *logits, float
 
 // Balancing without a loss: bias[e] += rate * sign(mean load - load[e]), both of len elements; load as the permutation's counts.
 moe_status moe_update_bias(float *bias, const size_t *load, size_t len, float rate);
+
+// 1 when a driver is there and a GPU that the kernels run on (compute capability 8.0 or later), else 0, and moe_last_error() says what is missing. Starts the driver,
+// makes no context.
+uint32_t moe_cuda_is_available(void);
+
+// Describes the device of the context that is current on the calling thread.
+//
+// Errors: MOE_ERROR_UNSUPPORTED without a driver, a current context, or a GPU of compute capability 8.0; those of the struct.
+moe_status moe_cuda_device_query(moe_cuda_device *device);
+
+// Loads the kernels that such a call needs and queues nothing: loading takes the driver's compiler some time, and is not allowed while a stream is being captured. The
+// addresses are not followed.
+//
+// Errors: as moe_cuda_layer_forward.
+moe_status moe_cuda_layer_prepare(const moe_cuda_layer *layer,
+                                  const moe_cuda_forward *args);
+
+// The layer: y [T, H] from x [T, H], queued on stream, a CUstream or cudaStream_t of the context that is current on the calling thread. Allocates no memory of the GPU, waits
+// for nothing and reads nothing back, so that it can be captured in a graph once its kernels are loaded: by moe_cuda_layer_prepare, or by an earlier call.
+//
+// Ids and weights have the CPU's bits; f32 experts and MOE_CUDA_EXACT give them all the way to y. y may not overlap x.
+//
+// Errors: those of pointers, MOE_ERROR_SHAPE, MOE_ERROR_VALUE, MOE_ERROR_BUFFER_TOO_SMALL, MOE_ERROR_UNSUPPORTED without a driver, context or able GPU: nothing is queued then.
+// MOE_ERROR_DRIVER: what had been queued before still runs, and y may hold anything.
+moe_status moe_cuda_layer_forward(const moe_cuda_layer *layer,
+                                  void *stream,
+                                  const moe_cuda_forward *args);
+
+// Makes a layer. The router is copied and serves layers on the CPU as well; what it says is done here, but its correction bias and per-expert scale come with each
+// call, in the GPU's memory: a call that lacks one that the router had here is refused. Needs no driver.
+//
+// Errors: MOE_ERROR_VALUE naming the field: a zero size, an activation or constant that is none, local experts that are not the router's, and what runs on the CPU
+// only (docs/gpu.md).
+moe_status moe_cuda_layer_create(const moe_router *router,
+                                 const moe_cuda_layer_config *config,
+                                 moe_cuda_layer **out);
+
+// Ends a handle. NULL is allowed. MOE_ERROR_BUSY while a call uses it; work that is queued does not.
+moe_status moe_cuda_layer_destroy(moe_cuda_layer *layer);
+
+// *bytes: the workspace in the GPU's memory that moe_cuda_layer_forward needs for up to max_tokens tokens on the current context's device, wherever the routing
+// comes from.
+moe_status moe_cuda_layer_workspace_size(const moe_cuda_layer *layer,
+                                         size_t max_tokens,
+                                         size_t *bytes);
+
+// *bytes: the workspace of moe_cuda_route for up to max_tokens tokens; 0 for most routers. Needs no driver.
+//
+// Errors: MOE_ERROR_VALUE for what runs on the CPU only.
+moe_status moe_cuda_route_workspace_size(const moe_router *router, size_t max_tokens, size_t *bytes);
+
+// Ids and weights from logits, with the CPU's bits, queued on stream. As for all stages: a stream of the current context; nothing is allocated, waited for or read back;
+// the first call of a kernel loads it, so make one before capturing a graph.
+//
+// Errors: as moe_cuda_layer_forward.
+moe_status moe_cuda_route(const moe_router *router,
+                          void *stream,
+                          const moe_cuda_route_args *args);
+
+// *max_rows: the most rows that num_pairs pairs can take, padding included. *workspace_bytes: the workspace of moe_cuda_permute for up to num_pairs pairs on the
+// current context's device; 0 up to 65536 pairs.
+//
+// Errors: MOE_ERROR_VALUE for options that make no sense or more than 4096 experts, MOE_ERROR_OVERFLOW, MOE_ERROR_UNSUPPORTED without a driver, context or able GPU.
+moe_status moe_cuda_permute_sizes(size_t num_pairs,
+                                  size_t num_experts,
+                                  const moe_permute_options *options,
+                                  size_t *max_rows,
+                                  size_t *workspace_bytes);
+
+// Sorts pairs by expert, stably: what moe_permutation_sort gives, in the GPU's memory, queued on stream.
+//
+// Errors: as moe_cuda_layer_forward.
+moe_status moe_cuda_permute(void *stream, const moe_cuda_permute_args *args);
+
+// Copies rows, queued on stream. Errors: as moe_cuda_layer_forward.
+moe_status moe_cuda_copy_rows(void *stream, const moe_cuda_copy_args *args);
+
+// The ragged grouped product, queued on stream. Errors: as moe_cuda_layer_forward.
+moe_status moe_cuda_grouped_gemm(void *stream, const moe_cuda_gemm_args *args);
+
+// The weighted sum, with the CPU's bits from the same ys, queued on stream. Errors: as moe_cuda_layer_forward.
+moe_status moe_cuda_combine(void *stream, const moe_cuda_combine_args *args);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -5,7 +5,7 @@
 #   PREFIX/lib/libmoe_kernels.so (or .dylib), libmoe_kernels.a
 #   PREFIX/lib/pkgconfig/moe-kernels.pc        cc $(pkg-config --cflags --libs moe-kernels) layer.c; add --static for the archive
 #
-# DESTDIR is put before PREFIX where files are written, as packagers want it.
+# DESTDIR is put before PREFIX where files are written, as packagers want it. With `--features cuda` the functions moe_cuda_* work, too; the driver is looked for at run time.
 set -euo pipefail
 if (($# == 0)) || [[ $1 == -* ]]; then
     sed -n '2,8s/^# \?//p' "$0" >&2

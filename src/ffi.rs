@@ -15,7 +15,7 @@
 //! * Structs begin with their size, so that fields can be added at their end: see `memory::read_struct`. `moe_matrix` and `moe_matrix_mut` have no
 //!   size, since they are embedded in the calls of every host; they stay as they are.
 //!
-//! The CPU's files follow the stems. A GPU's entry points (raw device pointers and a stream) belong in `ffi/cuda.rs`, beside them, with handles of their own.
+//! The CPU's files follow the stems. The GPU's entry points (addresses and a stream) are in `ffi/cuda.rs`, the same in every build; routers serve both.
 #![allow(unsafe_code)] // the room where memory that C describes becomes slices; see memory.rs and handle.rs
 #![allow(non_camel_case_types)] // the names are those of the header
 #![allow(rustdoc::broken_intra_doc_links)] // [T] is a shape: the comments are those of the header
@@ -25,6 +25,7 @@ mod status;
 
 mod handle;
 mod memory;
+mod ranges;
 
 mod cpu;
 
@@ -44,8 +45,11 @@ mod moe;
 
 mod losses;
 
+mod cuda;
+
 pub use combine::*;
 pub use cpu::*;
+pub use cuda::*;
 pub use experts::*;
 pub use grouped_gemm::*;
 pub use losses::*;

@@ -127,13 +127,19 @@ fn check(call: &'static str, code: sys::CUresult) -> Result<()> {
     code.result().map_err(|e| driver_error(call, e))
 }
 
-/// The device of an ordinal, if there is one.
-pub(super) fn device(ordinal: usize) -> Result<sys::CUdevice> {
+/// How many devices there are: at least one.
+pub(super) fn device_count() -> Result<c_int> {
     driver()?;
     let count = result::device::get_count().map_err(|e| driver_error("cuDeviceGetCount", e))?;
-    if count == 0 {
+    if count <= 0 {
         return Err(no_device());
     }
+    Ok(count)
+}
+
+/// The device of an ordinal, if there is one.
+pub(super) fn device(ordinal: usize) -> Result<sys::CUdevice> {
+    let count = device_count()?;
     let found = c_int::try_from(ordinal).ok().filter(|&i| i < count);
     let Some(index) = found else {
         return Err(Error::value(

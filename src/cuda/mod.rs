@@ -165,6 +165,29 @@ fn bind(context: &CudaContext) -> Result<()> {
         .map_err(|e| launch::driver_error("cuCtxSetCurrent", e))
 }
 
+/// Whether a driver is there, and a GPU that the kernels can run on. Starts the driver, makes no context.
+///
+/// # Errors
+/// [`Error::CudaUnavailable`], [`Error::CudaDriverTooOld`], or [`Error::CudaUnsupportedGpu`] when every GPU is older than compute capability 8.0.
+pub fn check_available() -> Result<()> {
+    let count = launch::device_count()?;
+    let usable = |ordinal| {
+        let device = launch::device(ordinal)?;
+        module::check_device(launch::device_info(device)?.compute_capability)
+    };
+    (1..count as usize).fold(usable(0), |found, ordinal| {
+        found.or_else(|_| usable(ordinal))
+    })
+}
+
+/// The CUDA version that the driver supports, as the driver numbers it: 12040 for 12.4.
+///
+/// # Errors
+/// [`Error::CudaUnavailable`] and [`Error::CudaDriverTooOld`].
+pub fn driver_version() -> Result<u32> {
+    launch::driver().map(|d| d.version)
+}
+
 /// What plans have to know of the current context's device.
 ///
 /// # Errors

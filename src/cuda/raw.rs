@@ -36,7 +36,50 @@ use crate::permute::PermuteOptions;
 use crate::routing::RouterConfig;
 use cudarc::driver::CudaStream;
 
+/// The current context's kernels, for an entry point that checks a call against the device before it queues.
+#[cfg(feature = "capi")]
+pub(crate) struct CurrentGpu(std::sync::Arc<Kernels>);
+
+#[cfg(feature = "capi")]
+impl CurrentGpu {
+    /// # Errors
+    /// [`Error::CudaUnavailable`](crate::Error::CudaUnavailable) without a driver or current context, and what the driver says.
+    pub(crate) fn get() -> Result<Self> {
+        Kernels::of_current_context().map(Self)
+    }
+
+    pub(crate) fn info(&self) -> &super::DeviceInfo {
+        &self.0.info
+    }
+
+    /// Loads what the launches need, and queues nothing.
+    pub(crate) fn prepare<'a>(&self, launches: impl Iterator<Item = &'a Launch>) -> Result<()> {
+        self.0.load(launches)
+    }
+
+    /// Queues a plan.
+    ///
+    /// # Safety
+    /// As [`Cuda::launch_all`], and `stream` is a live stream of the context that was current when this was made and still is.
+    pub(crate) unsafe fn queue<'a>(
+        &self,
+        stream: RawStream,
+        launches: impl Iterator<Item = &'a Launch> + Clone,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.queue(stream, launches) }
+    }
+}
+
 impl Kernels {
+    /// Loads what the launches need; one whose grid has a zero needs nothing.
+    fn load<'a>(&self, mut launches: impl Iterator<Item = &'a Launch>) -> Result<()> {
+        launches.try_for_each(|launch| match launch.is_empty() {
+            true => Ok(()),
+            false => self.function(launch).map(drop),
+        })
+    }
+
     /// Loads everything that the launches need, then queues them in order; a launch whose grid has a zero is passed over.
     ///
     /// # Safety
@@ -46,11 +89,8 @@ impl Kernels {
         stream: RawStream,
         launches: impl Iterator<Item = &'a Launch> + Clone,
     ) -> Result<()> {
-        let wanted = launches.filter(|l| !l.is_empty());
-        wanted
-            .clone()
-            .try_for_each(|launch| self.function(launch).map(drop))?;
-        for launch in wanted {
+        self.load(launches.clone())?;
+        for launch in launches.filter(|l| !l.is_empty()) {
             // SAFETY: the caller's promise.
             unsafe { self.function(launch)?.launch(stream, launch)? };
         }

@@ -3,6 +3,7 @@
 //! A call describes all its memory to [`Regions`] first. [`Regions::apart`] then proves that nothing written overlaps anything else; only with that proof do
 //! the descriptions become references, so that no two references ever contradict each other.
 
+use super::ranges::Ranges;
 use super::status::*;
 use crate::error::Error;
 use crate::matrix::extent;
@@ -78,7 +79,7 @@ pub(super) fn dtype(argument: &'static str, dtype: moe_dtype) -> Checked<DType> 
     }
 }
 
-fn null(argument: &'static str) -> Fault {
+pub(super) fn null(argument: &'static str) -> Fault {
     Fault::new(
         MOE_ERROR_NULL,
         format_args!("{argument}: expected a pointer, got NULL"),
@@ -86,7 +87,12 @@ fn null(argument: &'static str) -> Fault {
 }
 
 /// A pointer that may be used for elements of this size and alignment. `bytes` fit `isize`, which is what a slice may have.
-fn check_pointer(argument: &'static str, address: usize, bytes: usize, align: usize) -> Checked {
+pub(super) fn check_pointer(
+    argument: &'static str,
+    address: usize,
+    bytes: usize,
+    align: usize,
+) -> Checked {
     if bytes == 0 {
         return Ok(());
     }
@@ -105,20 +111,8 @@ fn check_pointer(argument: &'static str, address: usize, bytes: usize, align: us
     Ok(())
 }
 
-/// A range of bytes that a call uses.
-#[derive(Clone, Copy)]
-struct Region {
-    argument: &'static str,
-    start: usize,
-    end: usize,
-    written: bool,
-}
-
 /// The memory of one call. Sixteen ranges are more than any call has.
-pub(super) struct Regions {
-    list: [Region; 16],
-    len: usize,
-}
+pub(super) struct Regions(Ranges<16>);
 
 /// The proof that no range of a call that is written overlaps another. References into its memory live as long as this.
 pub(super) struct Apart(());
@@ -201,42 +195,7 @@ fn geometry(argument: &'static str, m: &moe_matrix) -> Checked<(Geometry, usize)
 
 impl Regions {
     pub(super) fn new() -> Self {
-        let none = Region {
-            argument: "",
-            start: 0,
-            end: 0,
-            written: false,
-        };
-        Self {
-            list: [none; 16],
-            len: 0,
-        }
-    }
-
-    fn add(
-        &mut self,
-        argument: &'static str,
-        start: usize,
-        bytes: usize,
-        written: bool,
-    ) -> Checked {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let Some(place) = self.list.get_mut(self.len) else {
-            return Err(Fault::new(
-                MOE_ERROR_INTERNAL,
-                "too many ranges in one call",
-            ));
-        };
-        *place = Region {
-            argument,
-            start,
-            end: start + bytes, // `check_pointer` saw that it fits
-            written,
-        };
-        self.len += 1;
-        Ok(())
+        Self(Ranges::new())
     }
 
     /// Describes a matrix to read.
@@ -274,7 +233,8 @@ impl Regions {
             row_stride,
             dtype,
         } = geometry;
-        self.add(argument, m.data.addr(), extent * dtype.size(), false)?;
+        self.0
+            .add(argument, m.data.addr(), extent * dtype.size(), false)?;
         Ok(Some(InMatrix {
             data: m.data.cast(),
             extent,
@@ -322,7 +282,8 @@ impl Regions {
             );
             return Err(Fault::value(argument, expected, row_stride));
         }
-        self.add(argument, m.data.addr(), extent * dtype.size(), true)?;
+        self.0
+            .add(argument, m.data.addr(), extent * dtype.size(), true)?;
         Ok(OutMatrix {
             data: m.data.cast(),
             extent,
@@ -347,7 +308,7 @@ impl Regions {
             .checked_mul(size_of::<T>())
             .ok_or(Error::Overflow { what: argument })?;
         check_pointer(argument, data.addr(), bytes, align_of::<T>())?;
-        self.add(argument, data.addr(), bytes, false)?;
+        self.0.add(argument, data.addr(), bytes, false)?;
         Ok(InSlice { data, len })
     }
 
@@ -382,27 +343,14 @@ impl Regions {
             .checked_mul(size_of::<T>())
             .ok_or(Error::Overflow { what: argument })?;
         check_pointer(argument, data.addr(), bytes, align_of::<T>())?;
-        self.add(argument, data.addr(), bytes, true)?;
+        self.0.add(argument, data.addr(), bytes, true)?;
         let owner = PhantomData;
         Ok(OutSlice { data, len, owner })
     }
 
     /// [`MOE_ERROR_OVERLAP`] when a range that is written overlaps another.
     pub(super) fn apart(&self) -> Checked<Apart> {
-        let list = &self.list[..self.len];
-        for (i, a) in list.iter().enumerate() {
-            for b in &list[i + 1..] {
-                if (a.written || b.written) && a.start < b.end && b.start < a.end {
-                    return Err(Fault::new(
-                        MOE_ERROR_OVERLAP,
-                        format_args!(
-                            "{}: overlaps {}, and one of them is written",
-                            a.argument, b.argument
-                        ),
-                    ));
-                }
-            }
-        }
+        self.0.check()?;
         Ok(Apart(()))
     }
 }
@@ -500,7 +448,7 @@ impl<T: AnyBitPattern> OutSlice<T> {
 ///
 /// # Safety
 /// `p` is null or points to a T of any content.
-unsafe fn read_plain<T: Zeroable + Copy>(
+pub(super) unsafe fn read_plain<T: Zeroable + Copy>(
     argument: &'static str,
     p: *const T,
 ) -> Checked<Option<T>> {

@@ -215,24 +215,33 @@ pub unsafe extern "C" fn moe_permutation_sort(
     guard(|| {
         // SAFETY: the caller's contract.
         let (cpu, mut p) = (unsafe { shared(cpu) }?, unsafe { exclusive(p) }?);
-        let options = match options.is_null() {
-            true => moe_permute_options::zeroed(),
-            // SAFETY: the caller's contract.
-            false => unsafe { read_struct("options", options) }?,
-        };
+        // SAFETY: the caller's contract.
+        let options = unsafe { read_options(options) }?;
         let mut regions = Regions::new();
         // SAFETY: the caller's contract.
         let ids = unsafe { regions.slice("ids", ids, num_pairs) }?;
         let apart = regions.apart()?;
-        let options = PermuteOptions {
-            block: options.block.max(1),
-            local: local_range(options.first_local, options.num_local)?,
-            num_null: options.num_null,
-        };
         crate::permute::check_options(num_pairs, num_experts, &options)?;
         probe("ids", sort_bytes(num_pairs, num_experts, options.block))?;
         let (ids, p) = (ids.get(&apart), &mut *p);
         Ok(cpu.run(|cpu| p.sort(cpu, ids, num_experts, &options))?)
+    })
+}
+
+/// How to sort; null stands for the defaults.
+///
+/// # Safety
+/// `options` is null or valid.
+pub(super) unsafe fn read_options(options: *const moe_permute_options) -> Checked<PermuteOptions> {
+    let options = match options.is_null() {
+        true => moe_permute_options::zeroed(),
+        // SAFETY: this function's contract.
+        false => unsafe { read_struct("options", options) }?,
+    };
+    Ok(PermuteOptions {
+        block: options.block.max(1),
+        local: local_range(options.first_local, options.num_local)?,
+        num_null: options.num_null,
     })
 }
 

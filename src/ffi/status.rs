@@ -7,7 +7,8 @@ use std::cell::RefCell;
 use std::ffi::CString;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// What a call came to: MOE_OK, or one of MOE_ERROR_*. After an error nothing has been written, and moe_last_error() names the argument.
+/// What a call came to: MOE_OK, or one of MOE_ERROR_*. After an error (but for MOE_ERROR_INTERNAL and MOE_ERROR_DRIVER) nothing has been written, and
+/// moe_last_error() names the argument.
 pub type moe_status = i32;
 
 /// Done.
@@ -22,7 +23,7 @@ pub const MOE_ERROR_BUFFER_TOO_SMALL: moe_status = 3;
 pub const MOE_ERROR_OVERFLOW: moe_status = 4;
 /// Weights were packed on another instruction set than the one that was asked to run.
 pub const MOE_ERROR_PACKED_FOR: moe_status = 5;
-/// This CPU, or this build, lacks what was asked for.
+/// This CPU, this GPU or its driver, or this build, lacks what was asked for.
 pub const MOE_ERROR_UNSUPPORTED: moe_status = 6;
 /// A name means nothing here.
 pub const MOE_ERROR_UNKNOWN_NAME: moe_status = 7;
@@ -38,10 +39,15 @@ pub const MOE_ERROR_STRUCT_SIZE: moe_status = 11;
 pub const MOE_ERROR_HANDLE: moe_status = 12;
 /// A handle is in use by another call that changes it, or would be changed while in use.
 pub const MOE_ERROR_BUSY: moe_status = 13;
-/// Memory or threads could not be had.
+/// Memory (the GPU's included) or threads could not be had.
 pub const MOE_ERROR_OUT_OF_RESOURCES: moe_status = 14;
 /// A bug in this library was caught; outputs of the call hold anything. Please report the text.
 pub const MOE_ERROR_INTERNAL: moe_status = 15;
+/// The CUDA driver refused a call; the text has the call, the CUresult and its meaning. Earlier work of the stream that went wrong may show here, too.
+pub const MOE_ERROR_DRIVER: moe_status = 16;
+
+/// `CUresult` of the driver when the GPU's memory is used up.
+const CUDA_ERROR_OUT_OF_MEMORY: u32 = 2;
 
 /// Why a call is refused.
 pub(super) struct Fault {
@@ -77,9 +83,13 @@ impl From<Error> for Fault {
             Error::PackedFor { .. } => MOE_ERROR_PACKED_FOR,
             Error::UnsupportedIsa { .. } => MOE_ERROR_UNSUPPORTED,
             Error::UnknownName { .. } => MOE_ERROR_UNKNOWN_NAME,
-            #[allow(unreachable_patterns)]
-            // variants of backends that this interface does not reach
-            _ => MOE_ERROR_UNSUPPORTED,
+            Error::CudaUnavailable { .. }
+            | Error::CudaDriverTooOld { .. }
+            | Error::CudaUnsupportedGpu { .. } => MOE_ERROR_UNSUPPORTED,
+            Error::CudaDriver { code, .. } if *code == CUDA_ERROR_OUT_OF_MEMORY => {
+                MOE_ERROR_OUT_OF_RESOURCES
+            }
+            Error::CudaDriver { .. } => MOE_ERROR_DRIVER,
         };
         Self::new(status, error)
     }
@@ -142,6 +152,7 @@ pub extern "C" fn moe_status_name(status: moe_status) -> *const c_char {
         MOE_ERROR_BUSY => c"busy",
         MOE_ERROR_OUT_OF_RESOURCES => c"out-of-resources",
         MOE_ERROR_INTERNAL => c"internal",
+        MOE_ERROR_DRIVER => c"driver",
         _ => c"unknown",
     };
     name.as_ptr()
@@ -150,6 +161,41 @@ pub extern "C" fn moe_status_name(status: moe_status) -> *const c_char {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_of_the_gpu_have_their_status() {
+        let status = |error| Fault::from(error).status;
+        let (what, needed, found) = ("routing", "12.0".to_string(), "11.4".to_string());
+        let reason = "no driver".to_string();
+        let driver = |code| Error::CudaDriver {
+            call: "cuLaunchKernel",
+            code,
+            message: "why".into(),
+        };
+        for (error, expected) in [
+            (Error::CudaUnavailable { reason }, MOE_ERROR_UNSUPPORTED),
+            (
+                Error::CudaDriverTooOld {
+                    what,
+                    needed,
+                    found,
+                },
+                MOE_ERROR_UNSUPPORTED,
+            ),
+            (
+                Error::CudaUnsupportedGpu {
+                    what,
+                    needed: "8.0 or later",
+                    found: (7, 5),
+                },
+                MOE_ERROR_UNSUPPORTED,
+            ),
+            (driver(2), MOE_ERROR_OUT_OF_RESOURCES),
+            (driver(700), MOE_ERROR_DRIVER),
+        ] {
+            assert_eq!(status(error.clone()), expected, "{error}");
+        }
+    }
 
     #[test]
     fn a_panic_becomes_a_status() {
