@@ -91,12 +91,16 @@ impl Experts {
             up,
             down: stacked("down", down)?,
         };
-        let ([e, n, h], down) = (experts.first(), experts.down.dims());
-        let i = experts.intermediate();
-        if down != [e, h, i] || n % (n / i.max(1)).max(1) != 0 {
+        let ([e, n, h], i) = (experts.first(), experts.intermediate());
+        let rows = match experts.up {
+            Up::Plain(_) | Up::Separate { .. } => i,
+            Up::Fused(_) | Up::Interleaved(_) => 2 * i,
+        };
+        let found = experts.down.dims();
+        if found != [e, h, i] || n != rows {
             bail!(
-                "down: expected {:?} for {argument} {:?}, got {down:?}",
-                [e, h, i],
+                "down: expected [E, H, I] for {argument} [E, {}I, H] = {:?}, got {found:?}",
+                if rows == i { "" } else { "2·" },
                 [e, n, h]
             );
         }
