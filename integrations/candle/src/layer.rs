@@ -1,9 +1,9 @@
 //! The layer that models hold.
 
 use crate::ops::{Call, CallInto, CallLogits, CallRouted};
-use crate::view::{refused, with_matrix};
+use crate::view::{is_at, refused, with_matrix};
 use crate::workspaces::Workspaces;
-use candle_core::{CustomOp1, Module, Result, Tensor};
+use candle_core::{CustomOp1, DeviceLocation, Module, Result, Tensor};
 use moe_kernels::Cpu;
 use moe_kernels::experts::PackedExperts;
 use moe_kernels::moe::{self, Gate};
@@ -104,6 +104,7 @@ impl MoeLayer {
     /// # Errors
     /// x on another device, of another format or width, or with rows that are not evenly spaced.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        on_cpu([("x", x)])?;
         x.apply_op1_arc(self.op.clone())
     }
 
@@ -113,6 +114,7 @@ impl MoeLayer {
     /// # Errors
     /// As [`forward`](Self::forward); y of another shape, or sharing its storage with x; y is untouched then.
     pub fn forward_into(&self, x: &Tensor, y: &Tensor) -> Result<()> {
+        on_cpu([("x", x), ("y", y)])?;
         y.inplace_op2(x, &CallInto(&self.shared))
     }
 
@@ -121,6 +123,7 @@ impl MoeLayer {
     /// # Errors
     /// As [`forward`](Self::forward); logits that are not one row of R for each token.
     pub fn forward_logits(&self, x: &Tensor, logits: &Tensor) -> Result<Tensor> {
+        on_cpu([("x", x), ("logits", logits)])?;
         x.apply_op2_no_bwd(logits, &CallLogits(&self.shared))
     }
 
@@ -130,6 +133,7 @@ impl MoeLayer {
     /// # Errors
     /// As [`forward`](Self::forward); ids that name no expert, or shapes that do not agree.
     pub fn forward_routed(&self, x: &Tensor, ids: &Tensor, weights: &Tensor) -> Result<Tensor> {
+        on_cpu([("x", x), ("ids", ids), ("weights", weights)])?;
         x.apply_op3_no_bwd(ids, weights, &CallRouted(&self.shared))
     }
 }
@@ -138,6 +142,12 @@ impl Module for MoeLayer {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         MoeLayer::forward(self, x)
     }
+}
+
+fn on_cpu<const N: usize>(tensors: [(&str, &Tensor); N]) -> Result<()> {
+    tensors
+        .iter()
+        .try_for_each(|(argument, tensor)| is_at(argument, tensor, DeviceLocation::Cpu))
 }
 
 /// The projection to logits from a tensor `[R, H]`, widened to f32.

@@ -26,13 +26,17 @@
 //! * [`models`]: whole layers from a `VarBuilder`, for the models of candle-transformers that have experts.
 //! * [`config`]: routers and activations from candle's configurations.
 //!
-//! Tensors are f32, f16 or bf16, on the CPU. The bits of a result follow [`moe_kernels`]' contracts: they depend on neither threads, nor instruction set,
+//! * `cuda` (feature of this name): the layer on candle's CUDA devices.
+//!
+//! Tensors are f32, f16 or bf16, here on the CPU. The bits of a result follow [`moe_kernels`]' contracts: they depend on neither threads, nor instruction set,
 //! nor the batch that a token came in. Work runs on the caller's current rayon pool, which is the one that candle uses.
 //!
 //! Errors are `candle_core::Error`; what [`moe_kernels`] refused is inside and names the argument. Nothing panics, and nothing has been written.
 //! Gradients: a backward pass through the layer is an error, not a zero.
 
 pub mod config;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod experts;
 mod layer;
 pub mod models;

@@ -1,7 +1,6 @@
 //! The custom ops: what candle calls with storages and layouts.
 //!
-//! Each makes views of the tensors, takes a workspace and calls the layer once. A backend for a GPU is one more method of each
-//! trait here (`cuda_fwd`); without it candle answers a tensor on such a device with an error that names the op.
+//! Each makes views of the tensors, takes a workspace and calls the layer once. Those for a GPU, whose weights are elsewhere, are in `cuda::ops`.
 
 use crate::layer::Shared;
 use crate::view::{copy_ids, floats, format, matrix, matrix_mut, refused};
@@ -26,7 +25,7 @@ pub(crate) struct CallLogits<'a>(pub &'a Shared);
 pub(crate) struct CallRouted<'a>(pub &'a Shared);
 
 /// What errors of candle call these ops.
-const NAME: &str = "moe-kernels";
+pub(crate) const NAME: &str = "moe-kernels";
 
 /// A storage of zeros. The allocator hands out large ones as pages that nobody has touched, also for the half formats, whose zero is that of their bits.
 fn zeros(dtype: DType, elements: usize) -> Result<CpuStorage> {

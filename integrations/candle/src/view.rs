@@ -1,6 +1,8 @@
 //! Candle's storages and layouts as the matrices of the kernels. No element moves.
 
-use candle_core::{CpuStorage, DType, Error, Layout, Result, Storage, Tensor, bail};
+use candle_core::{
+    CpuStorage, DType, DeviceLocation, Error, Layout, Result, Storage, Tensor, bail,
+};
 use moe_kernels::{AnyMatMut, AnyMatRef, DType as Format, MatMut, MatRef};
 
 /// An error of the kernels as one of candle's.
@@ -20,16 +22,16 @@ pub(crate) fn format(argument: &str, dtype: DType) -> Result<Format> {
 
 /// The shape of a tensor whose last dimension is a row's, all others being counted through.
 #[derive(Clone, Copy)]
-struct Rows {
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+pub(crate) struct Rows {
+    pub rows: usize,
+    pub cols: usize,
+    pub row_stride: usize,
+    pub col_stride: usize,
 }
 
 /// Leading dimensions become one when each stride is the next one times its size, as in every contiguous tensor, its slices along the last and
 /// the first dimension, and broadcasts of one row. Others have no single row stride.
-fn rows_of(argument: &str, layout: &Layout) -> Result<Rows> {
+pub(crate) fn rows_of(argument: &str, layout: &Layout) -> Result<Rows> {
     let (dims, strides) = (layout.dims(), layout.stride());
     let (Some((&cols, lead)), Some((&col_stride, lead_strides))) =
         (dims.split_last(), strides.split_last())
@@ -185,6 +187,17 @@ pub(crate) fn copy_ids(
 /// The format of a storage.
 fn kind(storage: &CpuStorage) -> DType {
     candle_core::backend::BackendStorage::dtype(storage)
+}
+
+/// Refuses a tensor that is elsewhere than `place`.
+pub(crate) fn is_at(argument: &str, tensor: &Tensor, place: DeviceLocation) -> Result<()> {
+    let found = tensor.device().location();
+    if found != place {
+        bail!(
+            "{argument}: expected a tensor on {place:?}, where the layer's weights are, got one on {found:?}"
+        );
+    }
+    Ok(())
 }
 
 /// Runs `f` on a tensor that is on the CPU, as a matrix.
