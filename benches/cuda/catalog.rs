@@ -19,7 +19,7 @@ pub enum Target {
     OfDense(f64),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Spec {
     Copy {
         bytes: usize,
@@ -98,7 +98,8 @@ impl Spec {
                 k: side(shape.k),
             }),
             Self::Layer(shape) => Self::Layer(LayerShape {
-                tokens: few(shape.tokens),
+                // Few tokens take the kernels for few rows, many do not.
+                tokens: if shape.tokens > 64 { 20 } else { few(shape.tokens) },
                 hidden: side(shape.hidden),
                 intermediate: shape.intermediate.min(24),
                 experts: shape.experts.min(4),
@@ -149,6 +150,22 @@ impl Spec {
 pub const COPY: &str = "ceiling/copy";
 /// The name of the row that says how fast our own dense product is.
 pub const DENSE: &str = "ceiling/dense";
+
+/// The catalog in sizes for an emulator, each once and without goals.
+pub fn smoke() -> Vec<Entry> {
+    let mut seen = Vec::new();
+    let mut all = catalog();
+    all.iter_mut().for_each(|e| {
+        e.spec = e.spec.smoke();
+        e.target = Target::None;
+    });
+    all.retain(|e| {
+        let new = !seen.contains(&e.spec);
+        seen.push(e.spec);
+        new
+    });
+    all
+}
 
 /// Everything, ceilings first.
 pub fn catalog() -> Vec<Entry> {

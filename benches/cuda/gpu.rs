@@ -17,6 +17,8 @@ type Elapsed =
 pub struct Gpu {
     pub cuda: Cuda,
     pub stream: Arc<CudaStream>,
+    /// Sets of operands that may take turns.
+    pub most_sets: usize,
     elapsed: Elapsed,
     start: CudaEvent,
     end: CudaEvent,
@@ -32,7 +34,7 @@ pub struct Buffer {
 
 impl Gpu {
     /// The first GPU.
-    pub fn open() -> Result<Self> {
+    pub fn open(most_sets: usize) -> Result<Self> {
         let cuda = Cuda::new(0)?;
         // SAFETY: everything of this context happens on one stream. (Graphs cannot be captured with tracking on.)
         unsafe { cuda.context().disable_event_tracking() };
@@ -51,6 +53,7 @@ impl Gpu {
         Ok(Self {
             cuda,
             stream,
+            most_sets,
             elapsed,
             start,
             end,

@@ -30,7 +30,7 @@ mod sweep;
 mod tape;
 mod timing;
 
-use catalog::{COPY, DENSE, Entry, catalog};
+use catalog::{COPY, DENSE, Entry, catalog, smoke};
 use clap::Parser;
 use gpu::Gpu;
 use moe_kernels::cuda::DeviceInfo;
@@ -128,15 +128,13 @@ fn main() -> ExitCode {
 
 /// Whether every row was measured.
 fn run(options: &Options) -> Result<bool> {
-    let mut entries = catalog();
-    if options.smoke {
-        entries.iter_mut().for_each(|e| e.spec = e.spec.smoke());
-    }
+    let entries = if options.smoke { smoke() } else { catalog() };
     if options.list {
         entries.iter().for_each(|e| println!("{}", e.name));
         return Ok(true);
     }
-    let (gpu, settings) = (Gpu::open()?, Settings::new(options));
+    let most_sets = if options.smoke { 2 } else { 16 };
+    let (gpu, settings) = (Gpu::open(most_sets)?, Settings::new(options));
     if options.serve {
         serve::serve(&gpu, &entries, &settings)?;
         return Ok(true);

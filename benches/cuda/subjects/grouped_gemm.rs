@@ -14,7 +14,7 @@ use moe_kernels::cuda::{DeviceInfo, DevicePtr, Launch};
 use moe_kernels::grouped_gemm::{Activation, ActivationFunction};
 
 /// Rows of each expert, and the product's other sides.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ProductShape {
     /// 1 for a dense product.
     pub experts: usize,

@@ -52,7 +52,7 @@ pub trait Subject {
 /// How many sets of `bytes` it takes until none is left in the L2 when its turn comes again.
 fn sets_beyond_l2(gpu: &Gpu, bytes: usize) -> usize {
     let cached = 3 * gpu.info().l2_bytes as usize;
-    cached.div_ceil(bytes.max(1)).clamp(1, 16)
+    cached.div_ceil(bytes.max(1)).clamp(1, gpu.most_sets)
 }
 
 /// An error with the place when `found` is not within `tolerance` of `expected`.

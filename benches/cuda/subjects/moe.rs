@@ -15,7 +15,7 @@ use moe_kernels::cuda::{DeviceInfo, DevicePtr, Launch};
 use moe_kernels::grouped_gemm::Activation;
 use moe_kernels::routing::{RouterConfig, Routing};
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LayerShape {
     pub tokens: usize,
     pub hidden: usize,
@@ -68,7 +68,7 @@ impl Layer {
             })
         };
         // Weights are read once by each call and far larger than the L2, but few tokens want few experts: others in each turn.
-        let sets = if t > 512 { 2 } else { 16 };
+        let sets = gpu.most_sets.min(if t > 512 { 2 } else { 16 });
         let sets: Vec<Set> = (0..sets).map(set).collect::<Result<_>>()?;
         Ok(Self {
             up: gpu.filled(Tape::Weight, 0, e * 2 * i * h)?,

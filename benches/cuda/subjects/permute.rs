@@ -81,7 +81,7 @@ impl Sort {
             path,
             pairs,
             experts,
-            sets: (0..SETS).map(set).collect::<Result<_>>()?,
+            sets: (0..SETS.min(gpu.most_sets)).map(set).collect::<Result<_>>()?,
             workspace: gpu.alloc(bytes)?,
         })
     }
@@ -89,7 +89,7 @@ impl Sort {
 
 impl Subject for Sort {
     fn sets(&self) -> usize {
-        SETS
+        self.sets.len()
     }
 
     fn work(&self) -> Work {

@@ -48,7 +48,7 @@ impl Route {
             })
         };
         Ok(Self {
-            sets: (0..SETS).map(set).collect::<Result<_>>()?,
+            sets: (0..SETS.min(gpu.most_sets)).map(set).collect::<Result<_>>()?,
             workspace: gpu.alloc(workspace_size(&config, tokens)?)?,
             config,
             tokens,
@@ -58,7 +58,7 @@ impl Route {
 
 impl Subject for Route {
     fn sets(&self) -> usize {
-        SETS
+        self.sets.len()
     }
 
     fn work(&self) -> Work {
