@@ -99,7 +99,11 @@ impl Spec {
             }),
             Self::Layer(shape) => Self::Layer(LayerShape {
                 // Few tokens take the kernels for few rows, many do not.
-                tokens: if shape.tokens > 64 { 20 } else { few(shape.tokens) },
+                tokens: if shape.tokens > 64 {
+                    20
+                } else {
+                    few(shape.tokens)
+                },
                 hidden: side(shape.hidden),
                 intermediate: shape.intermediate.min(24),
                 experts: shape.experts.min(4),
@@ -194,7 +198,12 @@ pub fn catalog() -> Vec<Entry> {
                 k,
             };
             let name = format!("grouped_gemm/{experts}x{rows}/{n}x{k}");
-            all.push(entry("G1", name, Spec::Product(shape), Target::OfDense(0.9)));
+            all.push(entry(
+                "G1",
+                name,
+                Spec::Product(shape),
+                Target::OfDense(0.9),
+            ));
         }
     }
     let layer = |tokens, hidden, intermediate| LayerShape {

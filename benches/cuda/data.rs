@@ -13,5 +13,11 @@ pub fn dot(a: &[f32], b: &[f32]) -> (f64, f64) {
 /// `count` numbers below `n`, evenly spread, the first and the last among them.
 pub fn spread(n: usize, count: usize) -> impl Iterator<Item = usize> {
     let count = count.min(n);
-    (0..count).map(move |i| if count < 2 { 0 } else { i * (n - 1) / (count - 1) })
+    (0..count).map(move |i| {
+        if count < 2 {
+            0
+        } else {
+            i * (n - 1) / (count - 1)
+        }
+    })
 }

@@ -3,15 +3,12 @@
 
 use super::Result;
 use super::tape::{Filled, Tape, Tapes};
-use cudarc::driver::{
-    CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtrMut as _, result, sys,
-};
+use cudarc::driver::{CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtrMut as _, result, sys};
 use moe_kernels::cuda::{Cuda, DeviceInfo, DevicePtr, Launch};
 use std::sync::Arc;
 
 /// The driver's clock under the name that every driver has; cudarc asks for a later one, which drivers before CUDA 12.8 lack.
-type Elapsed =
-    unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
 
 /// A device, one stream for everything, and the random numbers that fill its memory.
 pub struct Gpu {
@@ -105,9 +102,7 @@ impl Gpu {
     pub fn copy(&self, from: &Buffer, to: &Buffer) -> Result<()> {
         let bytes = from.bytes.min(to.bytes);
         // SAFETY: both are live allocations of this context.
-        unsafe {
-            result::memcpy_dtod_async(to.ptr.0, from.ptr.0, bytes, self.stream.cu_stream())?
-        };
+        unsafe { result::memcpy_dtod_async(to.ptr.0, from.ptr.0, bytes, self.stream.cu_stream())? };
         Ok(())
     }
 
@@ -157,8 +152,7 @@ impl Gpu {
         self.end.synchronize()?;
         let mut ms = 0f32;
         // SAFETY: both events belong to this context and have been recorded; the pointer is to a live f32.
-        unsafe { (self.elapsed)(&mut ms, self.start.cu_event(), self.end.cu_event()) }
-            .result()?;
+        unsafe { (self.elapsed)(&mut ms, self.start.cu_event(), self.end.cu_event()) }.result()?;
         Ok(f64::from(ms) * 1e-3)
     }
 

@@ -171,29 +171,71 @@ fn measure(
             return Ok(false);
         }
     };
-    let mut complete = true;
+    let mut variants = Vec::new();
     for arch in arches(gpu, &*subject, &options.arch)? {
-        match row(gpu, entry, arch, &*subject, settings) {
-            Ok(row) => {
-                let rate = |work: f64| work / row.graph.median;
-                match entry.name.as_str() {
-                    COPY => ceilings.copy = Some(rate(row.work.bytes)),
-                    // Shares are of the faster of the two kinds of kernel.
-                    DENSE => {
-                        let other = ceilings.dense.unwrap_or(0.0);
-                        ceilings.dense = Some(rate(row.work.flops).max(other));
-                    }
-                    _ => {}
-                }
-                report.row(&row, entry.target, ceilings)?;
+        variants.push((arch, device_for(gpu, arch)?, &*subject));
+    }
+    let rows = rows(gpu, entry, &variants, settings, report)?;
+    let complete = rows.len() == variants.len();
+    for row in &rows {
+        let rate = |work: f64| work / row.graph.median;
+        match entry.name.as_str() {
+            COPY => ceilings.copy = Some(rate(row.work.bytes)),
+            // Shares are of the faster of the two kinds of kernel.
+            DENSE => {
+                let other = ceilings.dense.unwrap_or(0.0);
+                ceilings.dense = Some(rate(row.work.flops).max(other));
             }
-            Err(why) => {
-                report.failed(&entry.name, arch, &why.to_string())?;
-                complete = false;
-            }
+            _ => {}
         }
     }
+    for row in &rows {
+        report.row(row, entry.target, ceilings)?;
+    }
     Ok(complete)
+}
+
+/// What is measured by turns: a name, what plans are told of the device, the subject.
+type Variant<'a> = (&'a str, DeviceInfo, &'a dyn Subject);
+
+/// A row for each variant that works; the others are reported.
+fn rows(
+    gpu: &Gpu,
+    entry: &Entry,
+    variants: &[Variant<'_>],
+    settings: &Settings,
+    report: &mut Report,
+) -> Result<Vec<Row>> {
+    let (mut runners, mut names) = (Vec::new(), Vec::new());
+    for &(name, device, subject) in variants {
+        match Runner::new(gpu, device, subject, settings) {
+            Ok(runner) => {
+                runners.push(runner);
+                names.push((name, device, subject));
+            }
+            Err(why) => report.failed(&entry.name, name, &why.to_string())?,
+        }
+    }
+    let times = match timing::measure(&runners, settings) {
+        Ok(times) => times,
+        Err(why) => {
+            report.failed(&entry.name, "", &why.to_string())?;
+            return Ok(Vec::new());
+        }
+    };
+    let row = |((name, device, subject), (eager, graph)): (Variant<'_>, _)| {
+        let plan = subject.plan(&device, 0)?;
+        Ok(Row {
+            id: entry.id,
+            name: entry.name.clone(),
+            arch: name.into(),
+            kernels: plan.iter().map(|l| l.kernel).collect(),
+            work: subject.work(),
+            eager,
+            graph,
+        })
+    };
+    names.into_iter().zip(times).map(row).collect()
 }
 
 /// Which kernels to measure: both only where they differ.
@@ -208,27 +250,5 @@ fn arches(gpu: &Gpu, subject: &dyn Subject, wanted: &str) -> Result<Vec<&'static
                 false => vec!["native", "sm_80"],
             }
         }
-    })
-}
-
-fn row(
-    gpu: &Gpu,
-    entry: &Entry,
-    arch: &str,
-    subject: &dyn Subject,
-    settings: &Settings,
-) -> Result<Row> {
-    let device = device_for(gpu, arch)?;
-    let runner = Runner::new(gpu, device, subject, settings)?;
-    let (eager, graph) = runner.measure(settings)?;
-    let plan = subject.plan(&device, 0)?;
-    Ok(Row {
-        id: entry.id,
-        name: entry.name.clone(),
-        arch: arch.into(),
-        kernels: plan.iter().map(|l| l.kernel).collect(),
-        work: subject.work(),
-        eager,
-        graph,
     })
 }

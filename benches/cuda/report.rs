@@ -101,8 +101,17 @@ impl Row {
 }
 
 const TITLES: [&str; 11] = [
-    "goal", "what", "kernels for", "eager, us", "graph, us", "spread, %", "TFLOP/s", "TB/s",
-    "% of ceiling", "target", "verdict",
+    "goal",
+    "what",
+    "kernels for",
+    "eager, us",
+    "graph, us",
+    "spread, %",
+    "TFLOP/s",
+    "TB/s",
+    "% of ceiling",
+    "target",
+    "verdict",
 ];
 const WIDTHS: [usize; 11] = [4, 34, 11, 10, 10, 9, 8, 7, 13, 16, 16];
 
@@ -138,7 +147,10 @@ impl Report {
         );
         let command: Vec<String> = std::env::args().skip(1).collect();
         println!("{machine}");
-        report.line(&format!("# moe-kernels on {machine}\n\nCommand: `cuda {}`\n", command.join(" ")))?;
+        report.line(&format!(
+            "# moe-kernels on {machine}\n\nCommand: `cuda {}`\n",
+            command.join(" ")
+        ))?;
         report.json(&serde_json::json!({"machine": machine, "command": command}))?;
         let line: Vec<String> = TITLES.iter().map(|t| t.to_string()).collect();
         report.cells(&line)?;

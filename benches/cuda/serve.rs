@@ -27,7 +27,14 @@ pub fn serve(gpu: &Gpu, entries: &[Entry], settings: &Settings) -> Result<()> {
                 lines.next().transpose()?
             }
             ["make", name, ref rest @ ..] => {
-                match with_subject(gpu, entries, settings, name, rest.first().copied(), &mut lines) {
+                match with_subject(
+                    gpu,
+                    entries,
+                    settings,
+                    name,
+                    rest.first().copied(),
+                    &mut lines,
+                ) {
                     Ok(next) => next,
                     Err(why) => {
                         complain(&why.to_string())?;

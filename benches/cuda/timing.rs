@@ -55,9 +55,7 @@ impl<'a> Runner<'a> {
         gpu.seconds(round)?;
         let once = gpu.seconds(round)? / sets as f64;
         let wanted = (settings.sample / once.max(1e-7)).ceil() as usize;
-        let calls = wanted
-            .clamp(1, settings.most_calls)
-            .next_multiple_of(sets);
+        let calls = wanted.clamp(1, settings.most_calls).next_multiple_of(sets);
         let queue = || (0..calls).try_for_each(|n| subject.queue(gpu, &device, n % sets));
         let graph = gpu.capture(queue)?;
         graph.launch()?;
@@ -84,25 +82,34 @@ impl<'a> Runner<'a> {
         let total = self.gpu.seconds(|| Ok(self.graph.launch()?))?;
         Ok(total / self.calls as f64)
     }
+}
 
-    /// Eager and replayed samples by turns.
-    pub fn measure(&self, settings: &Settings) -> Result<(Spread, Spread)> {
-        let end = Instant::now() + Duration::from_secs_f64(settings.budget);
-        let (mut eager, mut replay) = (Vec::new(), Vec::new());
-        while eager.len() < settings.samples.0
-            || (Instant::now() < end && eager.len() < settings.samples.1)
-        {
-            eager.push(self.eager()?);
-            replay.push(self.replay()?);
+/// Eager and replayed samples of all, by turns; answers are checked again in the end.
+pub fn measure(runners: &[Runner<'_>], settings: &Settings) -> Result<Vec<(Spread, Spread)>> {
+    let end = Instant::now() + Duration::from_secs_f64(settings.budget * runners.len() as f64);
+    let mut times = vec![(Vec::new(), Vec::new()); runners.len()];
+    for sample in 0..settings.samples.1 {
+        if sample >= settings.samples.0 && Instant::now() > end {
+            break;
         }
-        // Answers after all that must be those of before.
-        check(self.gpu, &self.device, self.subject)?;
-        Ok((Spread::of(eager), Spread::of(replay)))
+        for turn in 0..runners.len() {
+            // Each round begins with another.
+            let who = (sample + turn) % runners.len();
+            times[who].0.push(runners[who].eager()?);
+            times[who].1.push(runners[who].replay()?);
+        }
     }
+    for runner in runners {
+        check(runner.gpu, &runner.device, runner.subject)?;
+    }
+    let spreads = times.into_iter();
+    Ok(spreads
+        .map(|(eager, replay)| (Spread::of(eager), Spread::of(replay)))
+        .collect())
 }
 
 /// Runs the first and the last set over poisoned outputs and compares.
-pub fn check(gpu: &Gpu, device: &DeviceInfo, subject: &dyn Subject) -> Result<()> {
+fn check(gpu: &Gpu, device: &DeviceInfo, subject: &dyn Subject) -> Result<()> {
     let last = subject.sets() - 1;
     for set in if last > 0 { vec![0, last] } else { vec![0] } {
         subject.poison(gpu, set)?;

@@ -7,8 +7,8 @@ mod moe;
 mod permute;
 mod routing;
 
-pub use copy::Copy;
 pub use combine::Combine;
+pub use copy::Copy;
 pub use grouped_gemm::{Product, ProductShape};
 pub use moe::{Layer, LayerShape};
 pub use permute::{CopyOfRows, Sort};
@@ -67,7 +67,12 @@ fn near(place: &str, found: f64, expected: f64, tolerance: f64) -> Result<()> {
 /// An error with the place when two slices of integers differ.
 fn same<T: PartialEq + core::fmt::Debug>(what: &str, found: &[T], expected: &[T]) -> Result<()> {
     if found.len() != expected.len() {
-        return Err(format!("{what}: {} values, expected {}", found.len(), expected.len()).into());
+        return Err(format!(
+            "{what}: {} values, expected {}",
+            found.len(),
+            expected.len()
+        )
+        .into());
     }
     match found.iter().zip(expected).position(|(f, e)| f != e) {
         None => Ok(()),

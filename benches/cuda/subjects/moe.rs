@@ -48,10 +48,14 @@ pub struct Layer {
 
 impl Layer {
     pub fn new(gpu: &Gpu, shape: LayerShape) -> Result<Self> {
-        let (t, h, i, e) = (shape.tokens, shape.hidden, shape.intermediate, shape.experts);
+        let (t, h, i, e) = (
+            shape.tokens,
+            shape.hidden,
+            shape.intermediate,
+            shape.experts,
+        );
         let config = RouterConfig::mixtral(e, shape.top_k);
-        let mut layer =
-            CudaMoeLayer::new(config.clone(), h, i, Activation::SWIGLU, DType::BF16)?;
+        let mut layer = CudaMoeLayer::new(config.clone(), h, i, Activation::SWIGLU, DType::BF16)?;
         if !shape.ys_f32 {
             layer = layer.with_ys_dtype(DType::BF16);
         }

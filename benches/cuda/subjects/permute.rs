@@ -81,7 +81,9 @@ impl Sort {
             path,
             pairs,
             experts,
-            sets: (0..SETS.min(gpu.most_sets)).map(set).collect::<Result<_>>()?,
+            sets: (0..SETS.min(gpu.most_sets))
+                .map(set)
+                .collect::<Result<_>>()?,
             workspace: gpu.alloc(bytes)?,
         })
     }
@@ -123,9 +125,14 @@ impl Subject for Sort {
 
     fn poison(&self, gpu: &Gpu, set: usize) -> Result<()> {
         let set = &self.sets[set];
-        [&set.counts, &set.offsets, &set.pair_of_row, &set.row_of_pair]
-            .into_iter()
-            .try_for_each(|buffer| gpu.poison(buffer))
+        [
+            &set.counts,
+            &set.offsets,
+            &set.pair_of_row,
+            &set.row_of_pair,
+        ]
+        .into_iter()
+        .try_for_each(|buffer| gpu.poison(buffer))
     }
 
     fn check(&self, gpu: &Gpu, set: usize) -> Result<()> {
@@ -133,9 +140,21 @@ impl Subject for Sort {
         let (e, n, expected) = (self.experts, self.pairs, &set.expected);
         let counts: Vec<i32> = expected.offsets.windows(2).map(|w| w[1] - w[0]).collect();
         same("counts", &gpu.download(&set.counts, 0, e)?, &counts)?;
-        same("offsets", &gpu.download(&set.offsets, 0, e + 1)?, &expected.offsets)?;
-        same("pair_of_row", &gpu.download(&set.pair_of_row, 0, n)?, &expected.pair_of_row)?;
-        same("row_of_pair", &gpu.download(&set.row_of_pair, 0, n)?, &expected.row_of_pair)
+        same(
+            "offsets",
+            &gpu.download(&set.offsets, 0, e + 1)?,
+            &expected.offsets,
+        )?;
+        same(
+            "pair_of_row",
+            &gpu.download(&set.pair_of_row, 0, n)?,
+            &expected.pair_of_row,
+        )?;
+        same(
+            "row_of_pair",
+            &gpu.download(&set.row_of_pair, 0, n)?,
+            &expected.row_of_pair,
+        )
     }
 }
 

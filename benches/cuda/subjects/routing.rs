@@ -48,7 +48,9 @@ impl Route {
             })
         };
         Ok(Self {
-            sets: (0..SETS.min(gpu.most_sets)).map(set).collect::<Result<_>>()?,
+            sets: (0..SETS.min(gpu.most_sets))
+                .map(set)
+                .collect::<Result<_>>()?,
             workspace: gpu.alloc(workspace_size(&config, tokens)?)?,
             config,
             tokens,
@@ -90,7 +92,11 @@ impl Subject for Route {
 
     fn check(&self, gpu: &Gpu, set: usize) -> Result<()> {
         let (set, pairs) = (&self.sets[set], self.tokens * self.config.top_k);
-        same("ids", &gpu.download::<i32>(&set.ids, 0, pairs)?, set.expected.ids())?;
+        same(
+            "ids",
+            &gpu.download::<i32>(&set.ids, 0, pairs)?,
+            set.expected.ids(),
+        )?;
         let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         let found = gpu.download::<f32>(&set.weights, 0, pairs)?;
         same("weights", &bits(&found), &bits(set.expected.weights()))
