@@ -33,6 +33,7 @@ done
 out=${OUT:-$PWD/results}
 mkdir -p "$out/logs"
 out=$(cd "$out" && pwd)
+if [[ ! -d bin ]]; then tar -xzf bin.tar.gz || exit 2; fi
 export RUST_BACKTRACE=1 MOE_KERNELS_REQUIRE=cuda
 
 {
@@ -112,8 +113,8 @@ sanitizer() {
 
 # has_backend EXAMPLE: whether it was built with one.
 has_backend() {
-    if bin/examples/"$1" --help 2>&1 | grep -q -- --backend; then return 0; fi
-    row "$1" 'NOT RUN' 0 'this build knows no --backend'
+    if bin/examples/"$1" --help 2>&1 | grep -A 8 -- --backend | grep -qw cuda; then return 0; fi
+    row "$1" 'NOT RUN' 0 'this build knows no --backend cuda'
     return 1
 }
 

@@ -51,7 +51,7 @@ impl Subject for Changed<'_> {
 }
 
 /// The changes that make sense for a product, by name.
-fn changes(gpu: &Gpu) -> Vec<(String, Change)> {
+fn changes(gpu: &Gpu, smoke: bool) -> Vec<(String, Change)> {
     let mut all: Vec<(String, Change)> = vec![("as planned".into(), Box::new(|_, l, _| Ok(l)))];
     if gpu.info().compute_capability == (9, 0) {
         for cluster in [1, 2] {
@@ -61,7 +61,7 @@ fn changes(gpu: &Gpu) -> Vec<(String, Change)> {
         }
     }
     for rows in sm80::TILE_ROWS {
-        for blocks in 1..=4 {
+        for blocks in if smoke { 2..=2 } else { 1..=4 } {
             let change: Change = Box::new(move |p, _, d| {
                 let mut launch = sm80::plan_with_tile(p, rows, d)?;
                 // Blocks are persistent: any number does all the work.
@@ -74,7 +74,7 @@ fn changes(gpu: &Gpu) -> Vec<(String, Change)> {
             ));
         }
     }
-    for blocks in [2, 4, 6, 8] {
+    for blocks in (2..=8).step_by(if smoke { 7 } else { 2 }) {
         let change: Change = Box::new(move |p, _, d| {
             let mut launch = decode::plan_decode(p, d)?;
             let planned = launch.grid[0];
@@ -139,7 +139,7 @@ pub fn sweep(gpu: &Gpu, options: &Options, settings: &Settings) -> Result<bool> 
         let spec = sized(spec);
         let base = spec.make(gpu)?;
         let mut changed = Vec::new();
-        for (label, change) in changes(gpu) {
+        for (label, change) in changes(gpu, options.smoke) {
             let base = &*base;
             changed.push((label, Changed { base, change }));
         }
