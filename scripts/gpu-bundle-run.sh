@@ -120,13 +120,15 @@ has_backend() {
 
 run_conformance() {
     has_backend conformance || return
-    item conformance 240 bin/examples/conformance --backend cuda --cases tests/data/cases --out "$out/conformance" --check
+    local which=()
+    ((smoke == 0)) || which=(--only fwd_mixtral)
+    item conformance 240 bin/examples/conformance --backend cuda --cases tests/data/cases --out "$out/conformance" --check "${which[@]}"
 }
 
 run_layer() {
     has_backend layer || return
     local size=()
-    ((smoke == 0)) || size=(--experts 4 --tokens 2 --repeats 1)
+    ((smoke == 0)) || size=(--shape tiny --tokens 2 --repeats 1)
     item layer 240 bin/examples/layer --backend cuda "${size[@]}"
 }
 
@@ -160,6 +162,8 @@ for part in "${parts[@]}"; do
     esac
 done
 
+# Whether clocks fell meanwhile.
+nvidia-smi --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv >>"$out/machine.txt" 2>&1
 echo
 {
     head -n 1 VERSION

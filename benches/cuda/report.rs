@@ -146,7 +146,9 @@ impl Report {
             super::host::date(std::time::SystemTime::now()),
         );
         let command: Vec<String> = std::env::args().skip(1).collect();
-        println!("{machine}");
+        println!(
+            "{machine}\nGoals are those for an H200; shares are of the copy and of our own dense product in this run."
+        );
         report.line(&format!(
             "# moe-kernels on {machine}\n\nCommand: `cuda {}`\n",
             command.join(" ")
