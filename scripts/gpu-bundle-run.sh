@@ -157,7 +157,7 @@ for part in "${parts[@]}"; do
         layer) run_layer ;;
         memcheck | racecheck | initcheck | synccheck) sanitizer "$part" ;;
         benches) bench benches 400 ;;
-        sweep) bench sweep 400 --sweep ;;
+        sweep) bench sweep 400 --sweep --budget 0.3 ;;
         peers) run_peers ;;
     esac
 done

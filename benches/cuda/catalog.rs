@@ -213,7 +213,6 @@ pub fn catalog() -> Vec<Entry> {
         experts: 128,
         top_k: 8,
         ys_f32: false,
-        strict: false,
     };
     let layers = [
         ("G2", layer(32768, 2048, 768), Target::Tflops(560.0)),

@@ -116,7 +116,6 @@ fn specs() -> Vec<(String, Spec)> {
             experts: 128,
             top_k: 8,
             ys_f32: false,
-            strict: false,
         };
         all.push((format!("layer/{tokens}"), Spec::Layer(shape)));
     }
@@ -206,7 +205,6 @@ fn formats(
             experts: 128,
             top_k: 8,
             ys_f32,
-            strict: false,
         }))
     };
     let (half, full) = (spec(false).make(gpu)?, spec(true).make(gpu)?);

@@ -1,8 +1,10 @@
 //! The first ceiling: the driver's own copy from device memory to device memory. Bytes are those read and those written.
 
-use super::{Result, Subject, Work};
+use super::{Result, Subject, Work, same};
+use crate::data::spread;
 use crate::gpu::{Buffer, Gpu};
 use crate::tape::{Filled, Tape};
+use half::bf16;
 use moe_kernels::cuda::{DeviceInfo, Launch};
 
 pub struct Copy {
@@ -44,6 +46,14 @@ impl Subject for Copy {
     }
 
     fn check(&self, gpu: &Gpu, _: usize) -> Result<()> {
-        gpu.all_written::<u16>(&self.to)
+        const PIECE: usize = 256;
+        gpu.all_written::<u16>(&self.to)?;
+        for first in spread(self.to.bytes / 2 - PIECE, 64) {
+            let found: Vec<bf16> = gpu.download(&self.to, first, PIECE)?;
+            let found: Vec<f32> = found.iter().map(|v| v.to_f32()).collect();
+            let expected = self.from.numbers(first, PIECE);
+            same(&format!("copy from {first} on"), &found, &expected)?;
+        }
+        Ok(())
     }
 }
