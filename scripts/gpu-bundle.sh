@@ -1,55 +1,106 @@
 #!/usr/bin/env bash
-# Packs what a machine with an NVIDIA GPU, a driver and nothing else needs to test this crate: the GPU tests' executables and `run.sh`.
+# Packs what a machine with an NVIDIA GPU, a driver and nothing else needs to test and time this crate: executables, PTX, cases, the peers' scripts and `run.sh`.
 #
-#     scripts/gpu-bundle.sh [FOLDER]       default: target/gpu-bundle
+#   scripts/gpu-bundle.sh [--profile release|dev] [FOLDER]       default: release, target/gpu-bundle
 #
-# There: ./run.sh runs the tests, then the same under compute-sanitizer's tools where it is on the PATH, and prints one table. The kernels travel inside the
-# executables, as PTX. Nothing in here has been run on a GPU by this project yet.
+# There: `./run.sh` unpacks and runs everything, `./run.sh tests benches` a part, `./run.sh --help` tells more. The kernels travel inside the executables; the PTX beside them is for
+# reading.
+# `--profile dev` packs what `cargo test` builds anyway: for a trial on the emulator, not for timing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-target/gpu-bundle}
-# Not cuda_host: it needs the source tree and a C compiler, and a mock instead of a GPU.
-tests=(cuda_moe cuda_moe_steps cuda_norm cuda_routing cuda_permute cuda_combine cuda_grouped_gemm cuda_grouped_gemm_safe cuda_grouped_gemm_sm90)
 
-rm -rf "$out"
-mkdir -p "$out/bin"
-for name in "${tests[@]}"; do
-    [[ -f tests/$name.rs || -d tests/$name ]] || { echo "no tests/$name.rs: left out" >&2; continue; }
-    # The compiler says where it put the executable.
-    executable=$(cargo test --release --features cuda --test "$name" --no-run --message-format=json 2>/dev/null |
-        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
-    [[ -n $executable ]] || { echo "tests/$name.rs does not build" >&2; exit 1; }
-    strip -o "$out/bin/$name" "$executable"
+profile=release out=target/gpu-bundle
+while (($#)); do
+    case $1 in
+        --profile) profile=${2:?--profile wants release or dev}; shift 2 ;;
+        -*) echo "usage: $0 [--profile release|dev] [FOLDER]" >&2; exit 2 ;;
+        *) out=$1; shift ;;
+    esac
 done
-cp -r kernels/ptx "$out/ptx"
+# The bundle must fit what a machine lent for a test takes.
+most_bytes=$((60 * 1024 * 1024))
+# Ubuntu 22.04's C library; most GPU machines have a later one.
+newest_glibc=2.35
 
-cat > "$out/run.sh" <<'RUN'
-#!/usr/bin/env bash
-# Runs every test, then every test under each tool of compute-sanitizer where that is installed. Prints one line for each, and fails if one failed.
-set -uo pipefail
-cd "$(dirname "$0")"
-mkdir -p logs
-export MOE_KERNELS_REQUIRE=cuda RUST_BACKTRACE=1
-nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>/dev/null || echo "nvidia-smi does not answer"
-bad=0
-line() { # NAME TOOL COMMAND...
-    local name=$1 tool=$2 start=$SECONDS verdict=passed
-    shift 2
-    "$@" > "logs/$name.$tool.log" 2>&1 || { verdict=FAILED; bad=1; }
-    printf '%-28s %-12s %-7s %5d s\n' "$name" "$tool" "$verdict" $((SECONDS - start))
+# Not cuda_host: it needs the source tree and a C compiler, and a mock instead of a GPU.
+tests=()
+for file in tests/cuda_* tests/capi_cuda*; do
+    name=$(basename "$file" .rs)
+    [[ $name == cuda_host ]] || tests+=("$name")
+done
+examples=(conformance layer)
+
+# build COMMAND...: compiles; prints the path of each executable of the targets asked for.
+build() {
+    local log
+    log=$(mktemp)
+    if ! cargo "$@" --locked --profile "$profile" --features cuda,capi --message-format=json >"$log"; then
+        echo "error: cargo $1 failed" >&2
+        return 1
+    fi
+    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' "$log"
+    rm -f "$log"
 }
-for test in bin/*; do line "$(basename "$test")" plain "$test" --test-threads=1; done
-if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck initcheck synccheck; do
-        for test in bin/*; do
-            line "$(basename "$test")" "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$test" --test-threads=1
+
+# pack FOLDER NAME...: reads paths on standard input; each name must be among them.
+pack() {
+    local folder=$out/bin/$1 path name wanted
+    shift
+    mkdir -p "$folder"
+    while IFS= read -r path; do
+        # Cargo appends a hash.
+        name=$(basename "$path" | sed 's/-[0-9a-f]\{16\}$//')
+        for wanted; do
+            [[ $name != "$wanted" ]] || strip -o "$folder/$name" "$path"
         done
     done
-else
-    echo "compute-sanitizer is not on the PATH: NOT RUN"
+    for wanted; do
+        [[ -f $folder/$wanted ]] || { echo "error: $wanted was not built" >&2; return 1; }
+    done
+}
+
+rm -rf "$out"
+mkdir -p "$out/tests/data"
+mapfile -t arguments < <(printf -- '--test\n%s\n' "${tests[@]}")
+# Separate variables: a failure inside a pipeline's head would go unseen.
+paths=$(build test --no-run "${arguments[@]}")
+pack tests "${tests[@]}" <<<"$paths"
+mapfile -t arguments < <(printf -- '--example\n%s\n' "${examples[@]}")
+paths=$(build build --bench cuda "${arguments[@]}")
+pack examples "${examples[@]}" <<<"$paths"
+pack benches cuda <<<"$paths"
+
+cp -r kernels/ptx kernels/MANIFEST "$out"
+cp -r tests/data/cases "$out/tests/data/cases"
+mkdir -p "$out/peers"
+cp benches/peers/gpu/*.py "$out/peers"
+install -m 755 scripts/gpu-bundle-run.sh "$out/run.sh"
+{
+    git describe --always --dirty --abbrev=12 2>/dev/null || echo 'not a git checkout'
+    rustc --version
+    echo "profile $profile"
+} >"$out/VERSION"
+
+# What the executables ask of the C library.
+needed=$(objdump -T "$out"/bin/*/* | grep -oE 'GLIBC_[0-9.]+' | sort -uV | tail -n 1)
+echo "newest symbols: $needed"
+if [[ $(printf '%s\n' "${needed#GLIBC_}" "$newest_glibc" | sort -V | tail -n 1) != "$newest_glibc" ]]; then
+    echo "error: the executables need $needed, newer than $newest_glibc: build on an older system" >&2
+    exit 1
 fi
-[[ $bad == 0 ]] || echo "see logs/"
-exit $bad
-RUN
-chmod +x "$out/run.sh"
-du -sh "$out"
+libraries=$(objdump -p "$out"/bin/*/* | sed -n 's/^ *NEEDED *//p' | sort -u | tr '\n' ' ')
+echo "libraries: $libraries"
+for library in $libraries; do
+    case $library in
+        libc.so.6 | libm.so.6 | libgcc_s.so.1 | libpthread.so.0 | libdl.so.2 | ld-linux-*) ;;
+        *) echo "error: $library is not on every machine" >&2; exit 1 ;;
+    esac
+done
+
+# Each executable holds all PTX as text: 100 MiB that pack to a fifth. run.sh unpacks them.
+unpacked=$(du -sm "$out" | cut -f 1)
+tar -C "$out" -czf "$out/bin.tar.gz" bin ptx
+rm -r "$out/bin" "$out/ptx"
+bytes=$(find "$out" -type f -printf '%s\n' | awk '{ n += $1 } END { print n }')
+echo "$out: $((bytes / 1024 / 1024)) MiB, $unpacked MiB unpacked; $(<"$out/VERSION" tr '\n' ';')"
+((bytes < most_bytes)) || { echo "error: more than $((most_bytes / 1024 / 1024)) MiB" >&2; exit 1; }

@@ -1,6 +1,6 @@
 //! Products of few rows in 16 bits: the plan of `kernels/grouped_gemm_decode.cu`. A class of bits of its own.
 
-use super::params::GroupedGemmParams;
+use super::params::{GroupedGemmParams, check_16_bit};
 use super::{Shape, is_aligned};
 use crate::cuda::plan::{DeviceInfo, Launch, Module};
 use crate::element::DType;
@@ -27,12 +27,17 @@ const UNALIGNED: [Shape; 2] = [
     shape("moe_grouped_gemm_decode_f16_unaligned"),
 ];
 
-/// A and weights of one 16-bit format.
-pub(super) fn plan_decode(p: &GroupedGemmParams, device: &DeviceInfo) -> Result<Launch> {
+/// Plans a product by the kernels for few rows, however many there are; [`plan_grouped_gemm`](super::plan_grouped_gemm) takes them up to
+/// [`DECODE_ROWS`](super::DECODE_ROWS) for each expert. `p` describes it, already checked as a product of any kernel.
+///
+/// # Errors
+/// [`Error::Value`](crate::Error::Value) when A and the weights are not of one 16-bit format; [`Error::Overflow`](crate::Error::Overflow).
+pub fn plan_decode(p: &GroupedGemmParams, device: &DeviceInfo) -> Result<Launch> {
+    let format = check_16_bit(p)?;
     let shapes = if is_aligned(p, 2) {
         &ALIGNED
     } else {
         &UNALIGNED
     };
-    shapes[usize::from(p.a_dtype == DType::F16 as u32)].launch(Module::GroupedGemmDecode, p, device)
+    shapes[usize::from(format == DType::F16)].launch(Module::GroupedGemmDecode, p, device)
 }

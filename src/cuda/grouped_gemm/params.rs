@@ -1,6 +1,8 @@
 //! The parameters of every grouped product's kernel, byte for byte as `kernels/include/grouped.cuh` and `epilogue.cuh` have them.
 
 use crate::cuda::plan::DevicePtr;
+use crate::element::DType;
+use crate::error::{Error, Result};
 use crate::grouped_gemm::{Activation, ActivationFunction, Clamp};
 use bytemuck::{Pod, Zeroable};
 
@@ -82,7 +84,7 @@ impl ActivationParams {
     }
 }
 
-/// `grouped::GroupedGemmParams`: `out[r] = act(scale · A[src(r)] · W[e]ᵀ + b[e])`. Strides are in elements, formats are those of [`DType`](crate::DType) by
+/// `grouped::GroupedGemmParams`: `out[r] = act(scale · A[src(r)] · W[e]ᵀ + b[e])`. Strides are in elements, formats are those of [`DType`] by
 /// number. A plain product has `up` only.
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
@@ -155,3 +157,18 @@ pub struct GroupedGemmParams {
     pub activation: ActivationParams,
 }
 const _: () = assert!(size_of::<GroupedGemmParams>() == 232);
+
+/// The one 16-bit format of A and the weights.
+pub(super) fn check_16_bit(p: &GroupedGemmParams) -> Result<DType> {
+    let of_number = |number: u32| DType::ALL.into_iter().find(|d| *d as u32 == number);
+    let name =
+        |number: u32| of_number(number).map_or_else(|| number.to_string(), |d| d.to_string());
+    match of_number(p.a_dtype) {
+        Some(dtype @ (DType::F16 | DType::BF16)) if p.w_dtype == p.a_dtype => Ok(dtype),
+        _ => Err(Error::value(
+            "a and weights",
+            "both f16 or both bf16",
+            format_args!("{} and {}", name(p.a_dtype), name(p.w_dtype)),
+        )),
+    }
+}
