@@ -13,6 +13,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use support::backend::{Stop, tolerance};
 use support::case::Case;
 use support::check::check;
 use support::conformance::{Args, Backend, Counts, conformance};
@@ -125,12 +126,7 @@ fn narrow_weights_stay_close() {
         let machine = Machine::new(None, Some(dtype)).unwrap();
         for case in cases().iter().filter(|case| case.kind == "forward") {
             let outputs = run(&machine, case).unwrap();
-            let verdict = check(
-                case,
-                &outputs,
-                support::conformance::tolerance(&machine, case),
-            );
-            let verdict = verdict.unwrap();
+            let verdict = check(case, &outputs, tolerance(Some(dtype), case, 0)).unwrap();
             assert!(verdict.passed(), "{} in {dtype}:{verdict}", case.id);
         }
     }
@@ -531,9 +527,11 @@ fn the_program_counts_and_fails_when_it_should() {
     let program = |only: Option<&str>| {
         let (mut lines, mut notes) = (Vec::new(), Vec::new());
         let counts = conformance(&args(only), &mut lines, &mut notes)?;
-        Ok::<_, String>((counts, String::from_utf8(lines).unwrap()))
+        Ok::<_, Stop>((counts, String::from_utf8(lines).unwrap()))
     };
-    assert!(program(None).unwrap_err().contains("no *.safetensors file"));
+    let stop = program(None).unwrap_err();
+    assert!(stop.why.contains("no *.safetensors file"), "{stop:?}");
+    assert_eq!(stop.status, 2);
 
     save("a.safetensors", "first", &|_| {});
     save("b.safetensors", "second", &|meta| {

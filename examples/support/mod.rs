@@ -1,9 +1,13 @@
 //! What the examples and their tests share.
 #![allow(dead_code)] // each of them uses its own part
 
+pub mod backend;
 pub mod case;
 pub mod check;
 pub mod conformance;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod device;
 pub mod fields;
 pub mod file;
 pub mod mlp;
