@@ -35,6 +35,7 @@ impl Backend {
 }
 
 #[cfg(feature = "cuda")]
+#[allow(unused_imports)] // each example uses its own part
 pub use gpu::{Gpu, Matrix, Vector, driver, encode, line};
 
 #[cfg(feature = "cuda")]
