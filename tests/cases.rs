@@ -573,6 +573,27 @@ fn the_program_counts_and_fails_when_it_should() {
     std::fs::remove_dir_all(&root).unwrap();
 }
 
+/// A backend that is not there, and options of another, are refused in one line before anything is read.
+#[test]
+fn arguments_that_make_no_sense_are_refused() {
+    use clap::Parser;
+    let refused = |words: &str| {
+        let fixed = ["conformance", "--cases", "none", "--out", "none"];
+        let args = Args::try_parse_from(fixed.into_iter().chain(words.split(' '))).unwrap();
+        let stop = conformance(&args, &mut Vec::new(), &mut Vec::new()).unwrap_err();
+        assert_eq!((stop.status, stop.why.lines().count()), (2, 1), "{stop:?}");
+        stop.why
+    };
+    let why = refused("--backend cuda --isa scalar");
+    if cfg!(feature = "cuda") {
+        assert_eq!(why, "--isa means nothing with --backend cuda");
+    } else {
+        assert!(why.contains("build with --features cuda"), "{why}");
+        assert_eq!(why, refused("--backend cuda"));
+    }
+    assert!(!Path::new("none").exists());
+}
+
 /// What is written can be read back, and ids never leave the folder.
 #[test]
 fn results_are_written_whole() {

@@ -2,7 +2,7 @@
 
 use super::backend::Unrun;
 use super::case::{Case, Layer, Norm, Task};
-use super::device::{Gpu, Matrix, Vector, encode};
+use super::device::{Gpu, Matrix, Routed, Vector};
 use super::file::Tensor;
 use super::mlp::{Combine, Mlp, Shared};
 use super::out::Output;
@@ -13,7 +13,6 @@ use moe_kernels::cuda::moe::{
     CudaMoeLayer, ExpertViews, GateViews, MoeOperands, NormView, RouteSource, SharedExpert,
     SharedJoin, SharedViews, UpViews,
 };
-use moe_kernels::cuda::{RouteViews, routing};
 use moe_kernels::routing::{GivenRouting, RouteInput, Router, Routing};
 use moe_kernels::{Cpu, DType, MatMut, MatRef};
 
@@ -45,8 +44,8 @@ impl Machine {
 
 /// `router_logits`, `topk_ids`, `topk_weights` and `y` of a layer.
 ///
-/// With experts in f32 y comes from one call of the layer, gate included. In 16 bits the gate sees x as it is in the file and not rounded: ids are those of
-/// the file then, and only y has a wider tolerance.
+/// All of them come from one call of the layer, gate included, when that is in f32. One in 16 bits is given the logits of the same layer in f32, which sees x as it is in the file
+/// and not rounded: ids are those of the file then, and only y has a wider tolerance.
 pub fn run(machine: &Machine, case: &Case) -> Ran<Vec<Output>> {
     let Task::Layer(case) = &case.task else {
         let why = "loss: auxiliary losses run on the CPU only";
@@ -58,20 +57,19 @@ pub fn run(machine: &Machine, case: &Case) -> Ran<Vec<Output>> {
         dtype: machine.dtype,
     };
     let on_cpu = run::build(&on_cpu, case)?;
-    Run {
-        machine,
+    let run = Run {
+        gpu: &machine.gpu,
         case,
-        layer: describe(machine, case)?,
-        router: on_cpu.router(),
         operands: Operands::upload(machine, case)?,
-    }
-    .run()
+    };
+    let layer = describe(case, machine.activations())?;
+    let exact = machine.rounds().then(|| describe(case, DType::F32));
+    run.run(&layer, exact.transpose()?.as_ref(), on_cpu.router())
 }
 
 /// The layer that a case describes. What it cannot have is refused, naming the field.
-fn describe(machine: &Machine, case: &Layer) -> Ran<CudaMoeLayer> {
+fn describe(case: &Layer, dtype: DType) -> Ran<CudaMoeLayer> {
     let (config, mlp) = (case.gate.config.clone(), &case.experts);
-    let dtype = machine.activations();
     let lacking = [
         ("latent", case.latent.is_some()),
         ("post_norm", case.post_norm.is_some()),
@@ -124,8 +122,8 @@ fn describe_shared(shared: &Shared) -> Ran<SharedExpert> {
 /// The tensors of a case in device memory.
 struct Operands {
     x: Matrix,
-    /// x as the gate sees it.
-    gate_x: Matrix,
+    /// x as it is in the file.
+    exact_x: Matrix,
     gate: Option<Matrix>,
     gate_bias: Option<Vector<f32>>,
     given_logits: Option<Matrix>,
@@ -134,7 +132,7 @@ struct Operands {
     given_ids: Option<Vector<i32>>,
     experts: Experts,
     shared: Option<(Experts, Option<Matrix>)>,
-    out_norm: Option<(Vector<f32>, f32)>,
+    out_norm: Option<NormOperand>,
     out_bias: Option<Vector<f32>>,
 }
 
@@ -151,7 +149,7 @@ impl Operands {
         };
         Ok(Self {
             x: x(machine.activations())?,
-            gate_x: x(DType::F32)?,
+            exact_x: x(DType::F32)?,
             gate: w
                 .map(|w| tensor(gpu, w, weights_dtype(w), columns, hidden))
                 .transpose()?,
@@ -178,12 +176,33 @@ impl Operands {
                 )),
                 None => None,
             },
-            out_norm: match &case.out_norm {
-                Some(Norm { eps, w }) => Some((Vector::new(gpu, w)?, *eps)),
-                None => None,
-            },
+            out_norm: NormOperand::upload(gpu, case.out_norm.as_ref())?,
             out_bias: floats(&case.out_bias)?,
         })
+    }
+}
+
+/// A norm's factor in device memory, and its number.
+struct NormOperand {
+    w: Vector<f32>,
+    eps: f32,
+}
+
+impl NormOperand {
+    fn upload(gpu: &Gpu, norm: Option<&Norm>) -> Ran<Option<Self>> {
+        let Some(Norm { eps, w }) = norm else {
+            return Ok(None);
+        };
+        let (w, eps) = (Vector::new(gpu, w)?, *eps);
+        Ok(Some(Self { w, eps }))
+    }
+
+    fn view<'a>(&'a self, gpu: &'a Gpu) -> NormView<'a> {
+        NormView {
+            weight: self.w.view(&gpu.stream),
+            eps: self.eps,
+            multiplier: 1.0,
+        }
     }
 }
 
@@ -252,70 +271,68 @@ impl Experts {
 
 /// A case on its way.
 struct Run<'a> {
-    machine: &'a Machine,
+    gpu: &'a Gpu,
     case: &'a Layer,
-    layer: CudaMoeLayer,
-    router: &'a Router,
     operands: Operands,
 }
 
+/// Where a call of the layer gets its routing from.
+enum Source<'a> {
+    Gate,
+    Logits(&'a Matrix),
+    Given(&'a Vector<i32>, &'a Vector<f32>),
+}
+
 impl Run<'_> {
-    fn run(&self) -> Ran<Vec<Output>> {
-        let (tokens, hidden) = (self.case.tokens, self.case.hidden);
-        let gate = &self.case.gate;
-        let mut outputs = Vec::new();
-        let (ids, weights, logits) = match &gate.given_weights {
-            Some(weights) => {
-                let (ids, weights) = given(gate, weights)?;
-                let gpu = &self.machine.gpu;
-                (Vector::new(gpu, &ids)?, Vector::new(gpu, &weights)?, None)
-            }
-            None => {
-                let logits = self.logits()?;
-                outputs.push(self.effective(&logits.read(&self.machine.gpu)?)?);
-                let (ids, weights) = self.route(&logits)?;
-                (ids, weights, Some(logits))
-            }
-        };
-        let y = self.forward(logits.as_ref(), &ids, &weights)?;
-        let gpu = &self.machine.gpu;
-        let shape = [tokens, gate.config.slots()];
-        outputs.push(Output::i32("topk_ids", &shape, ids.read(gpu)?));
-        outputs.push(Output::f32("topk_weights", &shape, weights.read(gpu)?));
-        outputs.push(Output::f32("y", &[tokens, hidden], y.read(gpu)?));
-        Ok(outputs)
-    }
-
-    /// The gate's logits, or those of the file with the router's bias.
-    fn logits(&self) -> Ran<Matrix> {
-        let (gpu, o) = (&self.machine.gpu, &self.operands);
-        let (tokens, columns) = (self.case.tokens, self.case.gate.config.num_logits());
-        if let Some(given) = &o.given_logits {
-            return Ok(given.duplicate(gpu)?);
+    /// `exact` is the same layer with x and h in f32, for the logits of one in 16 bits.
+    fn run(
+        &self,
+        layer: &CudaMoeLayer,
+        exact: Option<&CudaMoeLayer>,
+        router: &Router,
+    ) -> Ran<Vec<Output>> {
+        let (gpu, o, gate) = (self.gpu, &self.operands, &self.case.gate);
+        if let Some(weights) = &gate.given_weights {
+            let (ids, weights) = given(gate, weights)?;
+            let (d_ids, d_weights) = (Vector::new(gpu, &ids)?, Vector::new(gpu, &weights)?);
+            let (y, _) = self.call(layer, &o.x, &Source::Given(&d_ids, &d_weights))?;
+            return Ok(self.outputs(Vec::new(), ids, weights, y));
         }
-        let gate = self.gate()?.ok_or("neither a gate nor logits")?;
-        let mut logits = Matrix::zeros(gpu, DType::F32, tokens, columns)?;
-        let x = o.gate_x.view(&gpu.stream)?;
-        let mut out = logits.view_mut(&gpu.stream)?;
-        self.layer
-            .logits_into(&gpu.cuda, &gpu.stream, &x, &gate, &mut out)?;
-        drop(out);
-        Ok(logits)
-    }
-
-    fn gate(&self) -> Ran<Option<GateViews<'_>>> {
-        let (stream, o) = (&self.machine.gpu.stream, &self.operands);
-        let Some(weights) = &o.gate else {
-            return Ok(None);
+        let first = match &o.given_logits {
+            Some(logits) => Source::Logits(logits),
+            None => Source::Gate,
         };
-        Ok(Some(GateViews {
-            weights: weights.view(stream)?,
-            bias: o.gate_bias.as_ref().map(|b| b.view(stream)),
-        }))
+        let (mut y, mut routed) = self.call(exact.unwrap_or(layer), &o.exact_x, &first)?;
+        let logits = match &o.given_logits {
+            Some(logits) => logits.read(gpu)?,
+            None => std::mem::take(&mut routed.logits),
+        };
+        if exact.is_some() {
+            let shape = [self.case.tokens, gate.config.num_logits()];
+            let logits = Matrix::new(gpu, DType::F32, &logits, shape[0], shape[1])?;
+            (y, routed) = self.call(layer, &o.x, &Source::Logits(&logits))?;
+        }
+        let outputs = vec![self.effective(router, &logits)?];
+        Ok(self.outputs(outputs, routed.ids, routed.weights, y))
     }
 
-    /// The logits as they enter the score function. The GPU has them in registers only; these are the host's from the GPU's logits. Ids that name no expert are refused here.
-    fn effective(&self, logits: &[f32]) -> Ran<Output> {
+    fn outputs(
+        &self,
+        mut outputs: Vec<Output>,
+        ids: Vec<i32>,
+        weights: Vec<f32>,
+        y: Vec<f32>,
+    ) -> Vec<Output> {
+        let shape = [self.case.tokens, self.case.gate.config.slots()];
+        outputs.push(Output::i32("topk_ids", &shape, ids));
+        outputs.push(Output::f32("topk_weights", &shape, weights));
+        outputs.push(Output::f32("y", &[shape[0], self.case.hidden], y));
+        outputs
+    }
+
+    /// The logits as they enter the score function. The GPU has them in registers only; these are the host's from the GPU's logits. Ids that name no expert are
+    /// refused here.
+    fn effective(&self, router: &Router, logits: &[f32]) -> Ran<Output> {
         let shape = [self.case.tokens, self.case.gate.config.num_logits()];
         let mut input = RouteInput::new(MatRef::new(logits, shape[0], shape[1])?);
         if let Some(ids) = &self.case.gate.given_ids {
@@ -323,69 +340,44 @@ impl Run<'_> {
         }
         let mut effective = vec![f32::NAN; logits.len()];
         let out = MatMut::new(&mut effective, shape[0], shape[1])?;
-        self.router
-            .effective_logits_into(&Cpu::new(), &input, out)?;
+        router.effective_logits_into(&Cpu::new(), &input, out)?;
         Ok(Output::f32("router_logits", &shape, effective))
     }
 
-    /// The router's stage alone, which shows what the layer keeps in its workspace.
-    fn route(&self, logits: &Matrix) -> Ran<(Vector<i32>, Vector<f32>)> {
-        let (gpu, o, config) = (&self.machine.gpu, &self.operands, &self.case.gate.config);
-        let (stream, tokens) = (&gpu.stream, self.case.tokens);
-        let pairs = tokens * config.slots();
-        let (mut ids, mut weights) = (Vector::zeros(gpu, pairs)?, Vector::zeros(gpu, pairs)?);
-        let mut workspace = Vector::zeros(gpu, routing::workspace_size(config, tokens)?)?;
-        let mut input = RouteViews::new(logits.view(stream)?);
-        input.correction_bias = o.correction_bias.as_ref().map(|v| v.view(stream));
-        input.per_expert_scale = o.per_expert_scale.as_ref().map(|v| v.view(stream));
-        input.given_ids = o.given_ids.as_ref().map(|v| v.view(stream));
-        gpu.cuda.route_into(
-            stream,
-            config,
-            &input,
-            &mut ids.view_mut(stream),
-            &mut weights.view_mut(stream),
-            Some(&mut workspace.view_mut(stream)),
-        )?;
-        Ok((ids, weights))
-    }
-
-    /// Where the one call gets its routing from.
-    fn source<'a>(
-        &'a self,
-        logits: Option<&'a Matrix>,
-        ids: &'a Vector<i32>,
-        weights: &'a Vector<f32>,
-    ) -> Ran<RouteSource<'a>> {
-        let stream = &self.machine.gpu.stream;
-        let Some(logits) = logits else {
-            let (ids, weights) = (ids.view(stream), weights.view(stream));
-            return Ok(RouteSource::Given { ids, weights });
-        };
-        Ok(match self.gate()? {
-            Some(gate) if !self.machine.rounds() => RouteSource::Gate(gate),
-            _ => RouteSource::Logits(logits.view(stream)?),
-        })
-    }
-
-    /// The layer in one call.
-    fn forward(
+    /// The layer in one call: y, and what it routed by.
+    fn call(
         &self,
-        logits: Option<&Matrix>,
-        ids: &Vector<i32>,
-        weights: &Vector<f32>,
-    ) -> Ran<Matrix> {
-        let (gpu, o) = (&self.machine.gpu, &self.operands);
-        let (stream, tokens) = (&gpu.stream, self.case.tokens);
-        let mut y = Matrix::zeros(gpu, DType::F32, tokens, self.case.hidden)?;
-        // No element may keep what it held before.
-        let poison = encode(DType::F32, &vec![f32::NAN; tokens * self.case.hidden]);
-        y.write_rows(gpu, 0, &poison)?;
-        let size = self.layer.workspace_size(tokens, gpu.cuda.device_info())?;
+        layer: &CudaMoeLayer,
+        x: &Matrix,
+        source: &Source<'_>,
+    ) -> Ran<(Vec<f32>, Routed)> {
+        let (gpu, stream, tokens) = (self.gpu, &self.gpu.stream, self.case.tokens);
+        // No byte of the output may keep what it held before, and none of the workspace may matter.
+        let poison = vec![f32::NAN; tokens * self.case.hidden];
+        let mut y = Matrix::new(gpu, DType::F32, &poison, tokens, self.case.hidden)?;
+        let size = layer.workspace_size(tokens, gpu.cuda.device_info())?;
         let mut workspace = Vector::new(gpu, &vec![0xffu8; size])?;
-        let route = self.source(logits, ids, weights)?;
-        let mut operands = MoeOperands::new(o.x.view(stream)?, route, o.experts.views(gpu)?);
-        if logits.is_some() {
+        let operands = self.views(x, source)?;
+        let mut out = y.view_mut(stream)?;
+        let mut space = workspace.view_mut(stream);
+        layer.forward_into(&gpu.cuda, stream, &operands, &mut out, &mut space)?;
+        drop((out, space, operands));
+        let routed = Routed::read(gpu, layer, tokens, &mut workspace)?;
+        Ok((y.read(gpu)?, routed))
+    }
+
+    fn views<'a>(&'a self, x: &'a Matrix, source: &Source<'a>) -> Ran<MoeOperands<'a>> {
+        let (gpu, stream, o) = (self.gpu, &self.gpu.stream, &self.operands);
+        let route = match source {
+            Source::Gate => RouteSource::Gate(self.gate()?),
+            Source::Logits(logits) => RouteSource::Logits(logits.view(stream)?),
+            Source::Given(ids, weights) => RouteSource::Given {
+                ids: ids.view(stream),
+                weights: weights.view(stream),
+            },
+        };
+        let mut operands = MoeOperands::new(x.view(stream)?, route, o.experts.views(gpu)?);
+        if !matches!(source, Source::Given(..)) {
             operands.correction_bias = o.correction_bias.as_ref().map(|v| v.view(stream));
             operands.per_expert_scale = o.per_expert_scale.as_ref().map(|v| v.view(stream));
             operands.given_ids = o.given_ids.as_ref().map(|v| v.view(stream));
@@ -396,18 +388,18 @@ impl Run<'_> {
                 gate: gate.as_ref().map(|w| w.view(stream)).transpose()?,
             });
         }
-        operands.out_norm = o.out_norm.as_ref().map(|(weight, eps)| NormView {
-            weight: weight.view(stream),
-            eps: *eps,
-            multiplier: 1.0,
-        });
+        operands.out_norm = o.out_norm.as_ref().map(|norm| norm.view(gpu));
         operands.out_bias = o.out_bias.as_ref().map(|v| v.view(stream));
-        let mut out = y.view_mut(stream)?;
-        let mut space = workspace.view_mut(stream);
-        self.layer
-            .forward_into(&gpu.cuda, stream, &operands, &mut out, &mut space)?;
-        drop((out, space, operands));
-        Ok(y)
+        Ok(operands)
+    }
+
+    fn gate(&self) -> Ran<GateViews<'_>> {
+        let (stream, o) = (&self.gpu.stream, &self.operands);
+        let weights = o.gate.as_ref().ok_or("neither a gate nor logits")?;
+        Ok(GateViews {
+            weights: weights.view(stream)?,
+            bias: o.gate_bias.as_ref().map(|b| b.view(stream)),
+        })
     }
 }
 

@@ -36,14 +36,16 @@ impl Backend {
 
 #[cfg(feature = "cuda")]
 #[allow(unused_imports)] // each example uses its own part
-pub use gpu::{Gpu, Matrix, Vector, driver, encode, line};
+pub use gpu::{Gpu, Matrix, Routed, Vector, driver, encode, line};
 
 #[cfg(feature = "cuda")]
 mod gpu {
     use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits};
     use half::{bf16, f16};
+    use moe_kernels::cuda::moe::CudaMoeLayer;
     use moe_kernels::cuda::{Cuda, DeviceMat, DeviceMatMut, DeviceVec, DeviceVecMut};
     use moe_kernels::{DType, Error};
+    use std::ops::Range;
     use std::sync::Arc;
 
     /// `Result` with a line for the user.
@@ -172,6 +174,61 @@ mod gpu {
         /// Waits for the GPU and copies back.
         pub fn read(&self, gpu: &Gpu) -> Result<Vec<T>> {
             gpu.copy_out(&self.slice, self.len)
+        }
+    }
+
+    impl Vector<u8> {
+        /// Waits for the GPU and copies some of the bytes back.
+        pub fn read_part(&self, gpu: &Gpu, part: Range<usize>) -> Result<Vec<u8>> {
+            let mut bytes = vec![0; part.len()];
+            if bytes.is_empty() {
+                return Ok(bytes);
+            }
+            let Some(view) = self.slice.try_slice(part) else {
+                return Err("internal error: beyond the end of a buffer".into());
+            };
+            gpu.stream
+                .memcpy_dtoh(&view, &mut bytes)
+                .map_err(driver("copying from the GPU"))?;
+            gpu.synchronize()?;
+            Ok(bytes)
+        }
+    }
+
+    /// What a call of a layer routed by.
+    pub struct Routed {
+        /// `[T, R]`, of a call through the gate.
+        pub logits: Vec<f32>,
+        /// `[T, slots]`
+        pub ids: Vec<i32>,
+        /// `[T, slots]`
+        pub weights: Vec<f32>,
+    }
+
+    impl Routed {
+        /// Reads the workspace of the last call.
+        pub fn read(
+            gpu: &Gpu,
+            layer: &CudaMoeLayer,
+            tokens: usize,
+            workspace: &mut Vector<u8>,
+        ) -> Result<Self> {
+            let address = workspace.view_mut(&gpu.stream).ptr();
+            let parts = layer
+                .workspace_routing(tokens, address, gpu.cuda.device_info())
+                .map_err(line)?;
+            let bytes = |part| workspace.read_part(gpu, part);
+            let ids = bytes(parts.ids)?;
+            Ok(Self {
+                logits: decode(DType::F32, &bytes(parts.logits)?),
+                ids: ids
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|b| i32::from_le_bytes(*b))
+                    .collect(),
+                weights: decode(DType::F32, &bytes(parts.weights)?),
+            })
         }
     }
 

@@ -31,6 +31,7 @@ mod views;
 mod weights;
 
 pub use forward::{MoeOperands, NormView, RouteSource};
+pub use layout::WorkspaceRouting;
 pub use plan::{MoePlan, MoePointers, RoutingPointers};
 pub use views::{ExpertViews, GateViews, SharedViews, UpViews};
 pub use weights::{BiasPointers, ExpertPointers, GatePointers, SharedPointers, WeightPointers};

@@ -1,15 +1,12 @@
 //! The safe call: the layer from cudarc's slices.
-#![allow(unsafe_code)] // launches of plans whose operands were checked here
+#![allow(unsafe_code)] // one block: the launch of a plan whose operands were checked here
 
 use super::CudaMoeLayer;
 use super::plan::{MoePointers, RoutingPointers};
-use super::products::exact_product;
 use super::views::{ExpertViews, GateViews, SharedViews};
 use crate::cuda::combine::DeviceRows;
-use crate::cuda::grouped_gemm::plan_grouped_gemm;
 use crate::cuda::stages::Door;
 use crate::cuda::{Cuda, DeviceMat, DeviceMatMut, DevicePtr, DeviceVec, DeviceVecMut};
-use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::shape::pairs;
 use cudarc::driver::CudaStream;
@@ -118,40 +115,6 @@ impl CudaMoeLayer {
         // are borrowed until the launches are queued, and cudarc orders what comes after on other streams by the events that they leave. Nothing aliases what
         // is written: y and workspace are borrowed mutably. Ids and permutations that the kernels follow are made by this call's own kernels, which accept any ids.
         unsafe { cuda.launch_all(stream, plan.iter()) }
-    }
-
-    /// The gate's stage alone: `logits [T, R] = x · Wᵀ + b` in f32, from `x [T, H]` of any format. The bits are the CPU's, and those that
-    /// [`forward_into`](Self::forward_into) routes by when it is given the same gate and the same numbers in x. Only launches, as that does.
-    ///
-    /// # Errors
-    /// An [`Error`] that names the operand; [`Error::Value`] naming `logits` when they are not f32. Nothing has been queued then.
-    pub fn logits_into(
-        &self,
-        cuda: &Cuda,
-        stream: &CudaStream,
-        x: &DeviceMat<'_>,
-        gate: &GateViews<'_>,
-        logits: &mut DeviceMatMut<'_>,
-    ) -> Result<()> {
-        let door = Door { cuda, stream };
-        let (tokens, columns) = (x.rows(), self.router.num_logits());
-        let x = door.mat("x", x, tokens, self.hidden)?;
-        logits.expect(cuda, "logits", stream, tokens, columns)?;
-        if logits.dtype() != DType::F32 {
-            return Err(Error::value("logits", DType::F32, logits.dtype()));
-        }
-        let gate = gate.check(cuda, stream, columns, self.hidden)?;
-        let product = exact_product(
-            x,
-            [tokens, self.hidden],
-            gate.weights,
-            gate.bias,
-            columns,
-            logits.as_rows(),
-        );
-        let launch = plan_grouped_gemm(&product, cuda.device_info())?;
-        // SAFETY: as in `forward_into`: live views of this context for this stream, of the extent that the product reads or writes; logits is borrowed mutably.
-        unsafe { cuda.launch(stream, &launch) }
     }
 
     /// The operands as plain data, once each has the layer's shape.

@@ -25,46 +25,13 @@ struct Rows {
     rows: usize,
 }
 
-/// An ordinary product of x `[T, H]` with one matrix `[n, H]` in exact f32: `out [T, n] = x · Wᵀ + b`.
-pub(super) fn exact_product(
-    x: DeviceRows,
-    [tokens, hidden]: [usize; 2],
-    w: DeviceRows,
-    bias: Option<DevicePtr>,
-    n: usize,
-    out: DeviceRows,
-) -> GroupedGemm {
-    GroupedGemm {
-        a: x,
-        a_rows: tokens,
-        gather: None,
-        groups: GroupPointers::Single,
-        gate: None,
-        up: WeightPointers {
-            ptr: w.ptr,
-            dtype: w.dtype,
-            row_stride: w.stride,
-            expert_stride: 0,
-        },
-        gate_bias: None,
-        up_bias: bias.map(|ptr| BiasPointers::contiguous(ptr, DType::F32, n)),
-        activation: LINEAR,
-        out,
-        rows: tokens,
-        n,
-        k: hidden,
-        numerics: Numerics::Exact,
-        strict: true,
-    }
-}
-
 impl Call<'_> {
     fn product(&mut self, product: &GroupedGemm) -> Result<()> {
         let launch = plan_grouped_gemm(product, self.device)?;
         self.plan.push(launch)
     }
 
-    /// [`exact_product`] of this call's x.
+    /// An ordinary product of x with one matrix `[n, H]` in exact f32: `out [T, n] = x · Wᵀ + b`.
     pub(super) fn dense(
         &mut self,
         w: DeviceRows,
@@ -72,15 +39,28 @@ impl Call<'_> {
         n: usize,
         out: DeviceRows,
     ) -> Result<()> {
-        let x = self.pointers.x;
-        self.product(&exact_product(
-            x,
-            [self.tokens, self.layer.hidden],
-            w,
-            bias,
-            n,
+        self.product(&GroupedGemm {
+            a: self.pointers.x,
+            a_rows: self.tokens,
+            gather: None,
+            groups: GroupPointers::Single,
+            gate: None,
+            up: WeightPointers {
+                ptr: w.ptr,
+                dtype: w.dtype,
+                row_stride: w.stride,
+                expert_stride: 0,
+            },
+            gate_bias: None,
+            up_bias: bias.map(|ptr| BiasPointers::contiguous(ptr, DType::F32, n)),
+            activation: LINEAR,
             out,
-        ))
+            rows: self.tokens,
+            n,
+            k: self.layer.hidden,
+            numerics: Numerics::Exact,
+            strict: true,
+        })
     }
 
     /// An expert's two products over rows: h, then the output.

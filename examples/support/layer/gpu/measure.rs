@@ -1,6 +1,6 @@
 //! The call that is checked, and the timed ones.
 
-use super::super::device::{Matrix, Vector, driver, encode};
+use super::super::device::{Routed, Vector, driver, encode};
 use super::super::measure::{Measured, Sample, Stage, median};
 use super::super::options::Options;
 use super::super::{Result, fail};
@@ -9,10 +9,9 @@ use super::rotation::{Rotation, Turn, adjust};
 use super::weights::Weights;
 use super::{OnGpu, failure, report};
 use cudarc::driver::{CudaGraph, sys};
+use moe_kernels::Cpu;
 use moe_kernels::cuda::moe::{MoeOperands, RouteSource};
-use moe_kernels::cuda::{RouteViews, routing};
 use moe_kernels::routing::{GivenRouting, LoadStats, Routing};
-use moe_kernels::{Cpu, DType};
 use std::collections::HashSet;
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -23,9 +22,6 @@ pub struct Call {
     first: Turn,
     workspace: Vector<u8>,
 }
-
-/// What the router makes of an input: logits, ids, weights.
-type Routed = (Vec<f32>, Vec<i32>, Vec<f32>);
 
 /// The first batch of a seed through the layer. The call also loads the kernels.
 pub fn sample(
@@ -42,17 +38,22 @@ pub fn sample(
     };
     poison(on, &mut call.first)?;
     forward(on, weights, &mut call.first, &mut call.workspace)?;
-    let (logits, ids, factors) = route(on, weights, &call.first, tokens)?;
+    let routed = Routed::read(on.gpu, &on.layer, tokens, &mut call.workspace)?;
     let config = &on.architecture.router;
     let mut routing = Routing::new();
-    let given = GivenRouting::new(config.num_experts, config.slots(), &ids, &factors);
+    let given = GivenRouting::new(
+        config.num_experts,
+        config.slots(),
+        &routed.ids,
+        &routed.weights,
+    );
     routing.set_given(&Cpu::new(), &given.null_experts(config.null_experts))?;
     let sample = Sample {
         tokens,
         x: call.first.x.read(on.gpu)?,
-        logits,
-        ids,
-        weights: factors,
+        logits: routed.logits,
+        ids: routed.ids,
+        weights: routed.weights,
         y: call.first.y.read(on.gpu)?,
         load: LoadStats::of(&routing),
     };
@@ -86,35 +87,6 @@ fn forward(
     on.layer
         .forward_into(&gpu.cuda, stream, &operands, &mut y, &mut space)
         .map_err(failure)
-}
-
-/// The first stages alone, which show what the layer keeps in its workspace.
-fn route(on: &OnGpu<'_>, weights: &Weights, turn: &Turn, tokens: usize) -> Result<Routed> {
-    let (gpu, stream, config) = (on.gpu, &on.gpu.stream, &on.architecture.router);
-    let mut logits = Matrix::zeros(gpu, DType::F32, tokens, config.num_logits())?;
-    on.layer.logits_into(
-        &gpu.cuda,
-        stream,
-        &turn.x.view(stream)?,
-        &weights.gate_views(gpu)?,
-        &mut logits.view_mut(stream)?,
-    )?;
-    let pairs = tokens * config.slots();
-    let mut ids = Vector::zeros(gpu, pairs)?;
-    let mut factors = Vector::zeros(gpu, pairs)?;
-    let mut workspace = Vector::zeros(gpu, routing::workspace_size(config, tokens)?)?;
-    let mut input = RouteViews::new(logits.view(stream)?);
-    input.correction_bias = weights.correction().map(|v| v.view(stream));
-    gpu.cuda.route_into(
-        stream,
-        config,
-        &input,
-        &mut ids.view_mut(stream),
-        &mut factors.view_mut(stream),
-        Some(&mut workspace.view_mut(stream)),
-    )?;
-    drop(input);
-    Ok((logits.read(gpu)?, ids.read(gpu)?, factors.read(gpu)?))
 }
 
 /// The least that a call must do, each operand moved once.
@@ -180,7 +152,7 @@ pub fn measure(
     let rotation = Rotation::new(work.weights as u64, gpu.cuda.device_info().l2_bytes, room);
     adjust(on, weights, rotation.copies)?;
     let mut rig = Rig::new(on, weights, call, rotation, options.seed)?;
-    let graphs = rig.capture()?;
+    let (graphs, work) = rig.capture()?;
 
     let clock = Clock::new(gpu)?;
     let (mut eager, mut replayed) = (Vec::new(), Vec::new());
@@ -199,7 +171,6 @@ pub fn measure(
             break;
         }
     }
-    let work = Work::mean(&rig.work()?);
     let stage = |name, seconds: Vec<f64>| Stage {
         name,
         seconds: median(seconds.into_iter()),
@@ -251,29 +222,22 @@ impl<'a> Rig<'a> {
         })
     }
 
-    /// What each input asks for.
-    fn work(&self) -> Result<Vec<Work>> {
-        let one = |turn: &Turn| {
-            let weights = &self.weights[turn.copy];
-            let (_, ids, _) = route(self.on, weights, turn, self.tokens)?;
-            Ok(Work::new(self.on, weights, self.tokens, &ids))
-        };
-        self.turns.iter().map(one).collect()
-    }
-
     fn forward(&mut self, n: usize) -> Result<()> {
         let turn = &mut self.turns[n];
         forward(self.on, &self.weights[turn.copy], turn, &mut self.workspace)
     }
 
-    /// A graph for each input, replayed once and compared with the call.
-    fn capture(&mut self) -> Result<Vec<CudaGraph>> {
+    /// A graph for each input, replayed once and compared with the call; and what the inputs ask for on average.
+    fn capture(&mut self) -> Result<(Vec<CudaGraph>, Work)> {
         let gpu = self.on.gpu;
-        let mut graphs = Vec::new();
+        let (mut graphs, mut work) = (Vec::new(), Vec::new());
         for n in 0..self.turns.len() {
             poison(self.on, &mut self.turns[n])?;
             self.forward(n)?;
             let called = self.turns[n].y.read_bytes(gpu)?;
+            let routed = Routed::read(gpu, &self.on.layer, self.tokens, &mut self.workspace)?;
+            let weights = &self.weights[self.turns[n].copy];
+            work.push(Work::new(self.on, weights, self.tokens, &routed.ids));
             poison(self.on, &mut self.turns[n])?;
             let graph = self.capture_one(n)?;
             graph.launch().map_err(driver("cuGraphLaunch"))?;
@@ -285,7 +249,7 @@ impl<'a> Rig<'a> {
             }
             graphs.push(graph);
         }
-        Ok(graphs)
+        Ok((graphs, Work::mean(&work)))
     }
 
     fn capture_one(&mut self, n: usize) -> Result<CudaGraph> {

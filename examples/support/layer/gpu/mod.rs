@@ -8,11 +8,11 @@
 //! | `measure.rs` | the check's call, eager calls, graphs |
 //! | `report.rs` | what is printed |
 
-mod clock;
-mod measure;
-mod report;
-mod rotation;
-mod weights;
+pub mod clock;
+pub mod measure;
+pub mod report;
+pub mod rotation;
+pub mod weights;
 
 use super::device::{Gpu, line};
 use super::options::Options;
@@ -30,7 +30,7 @@ impl From<String> for Failure {
 }
 
 /// A layer whose weights are on a GPU.
-struct OnGpu<'a> {
+pub struct OnGpu<'a> {
     gpu: &'a Gpu,
     architecture: &'a Architecture,
     dtype: DType,
@@ -60,6 +60,7 @@ pub fn run(options: &Options, out: &mut dyn Write, progress: &mut dyn Write) -> 
     let mut runs = Vec::new();
     let mut weights = vec![weights];
     for &tokens in &options.tokens {
+        writeln!(out, "\nT = {tokens}")?;
         let (call, sample) = measure::sample(&on, &weights[0], tokens, options.seed)?;
         let found = oracle::check(
             &architecture,

@@ -58,8 +58,7 @@ pub fn times(
     let Rotation { copies, inputs, .. } = rotation;
     writeln!(
         out,
-        "\nT = {} on {} (median of {} rounds of {inputs} calls; {})",
-        measured.tokens,
+        "  timed on {}: median of {} rounds of {inputs} calls, by {}",
         gpu.name,
         measured.repeats,
         clock.name()
