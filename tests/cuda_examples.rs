@@ -12,7 +12,7 @@ mod support;
 use clap::Parser;
 use layer::gpu::rotation::Rotation;
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use support::backend::{Runner, Unrun};
 use support::case::Case;
@@ -21,20 +21,23 @@ use support::conformance::{Args, conformance};
 use support::out::{Elements, Output};
 
 fn cases() -> Vec<Case> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/cases");
-    let entries = std::fs::read_dir(folder).unwrap();
+    // From where the test runs: the repository, or a bundle of what it needs on a GPU machine.
+    let entries = std::fs::read_dir("tests/data/cases").unwrap();
     let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
     files.sort();
     files.iter().map(|f| Case::read(f).unwrap()).collect()
 }
 
+/// A folder for what the tests write.
+fn folder(name: &str) -> PathBuf {
+    let name = format!("moe-kernels-examples-{name}-{}", std::process::id());
+    std::env::temp_dir().join(name)
+}
+
 fn args(words: &str) -> Args {
-    let fixed = ["conformance", "--cases", "tests/data/cases", "--out"];
-    let out = env!("CARGO_TARGET_TMPDIR");
-    let words = fixed
-        .into_iter()
-        .chain([out])
-        .chain(words.split_whitespace());
+    let out = folder("out").display().to_string();
+    let fixed = ["conformance", "--cases", "tests/data/cases", "--out", &out];
+    let words = fixed.into_iter().chain(words.split_whitespace());
     Args::try_parse_from(words).unwrap()
 }
 
@@ -114,6 +117,7 @@ fn the_program_counts_what_the_backend_does_not_do() {
     let (mut lines, mut notes) = (Vec::new(), Vec::new());
     let args = args("--backend cuda --check --only loss_z");
     let counts = conformance(&args, &mut lines, &mut notes).unwrap();
+    std::fs::remove_dir_all(&args.out).unwrap();
     let lines = String::from_utf8(lines).unwrap();
     assert_eq!((counts.not_on_backend, counts.done), (3, 0), "{lines}");
     assert_eq!(counts.status(), 0);
@@ -128,7 +132,7 @@ fn the_program_counts_what_the_backend_does_not_do() {
 /// One line and status 1, and no panic, where no driver is.
 #[test]
 fn without_a_driver_the_programs_say_so() {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no-driver");
+    let folder = folder("no-driver");
     std::fs::create_dir_all(&folder).unwrap();
     for name in ["libcuda.so.1", "libcuda.so", "nvcuda.dll", "cuda.dll"] {
         std::fs::write(folder.join(name), b"").unwrap();
@@ -138,6 +142,7 @@ fn without_a_driver_the_programs_say_so() {
         .env("LD_LIBRARY_PATH", &folder)
         .output()
         .unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
     let text = String::from_utf8_lossy(&child.stdout);
     assert!(child.status.success(), "{text}");
     assert_eq!(text.matches("cuda: no NVIDIA driver").count(), 2, "{text}");
