@@ -1,6 +1,7 @@
 //! The examples `conformance` and `layer` on a GPU (or the emulator): every case of `tests/data/cases` with the CPU's bits, in 16 bits within what rounding allows, and a
 //! layer that is checked, called and replayed.
 #![cfg(feature = "cuda")]
+#![allow(clippy::duplicate_mod)] // of two programs, each with its own `device`
 
 #[path = "common/gpu.rs"]
 mod gpu;
@@ -204,7 +205,7 @@ fn copies_of_the_weights_take_turns_until_the_l2_has_forgotten_them() {
         let what = format!("{touched} bytes: {found:?}");
         assert_eq!((found.copies, found.is_cold()), (copies, cold), "{what}");
         assert!(
-            found.inputs >= 4 && found.inputs % found.copies == 0,
+            found.inputs >= 4 && found.inputs.is_multiple_of(found.copies),
             "{what}"
         );
     }
