@@ -14,9 +14,9 @@ fn main() -> ExitCode {
     let (mut lines, mut notes) = (io::stdout(), io::stderr());
     match conformance(&Args::parse(), &mut lines, &mut notes) {
         Ok(counts) => ExitCode::from(counts.status()),
-        Err(why) => {
-            eprintln!("error: {why}");
-            ExitCode::from(2)
+        Err(stop) => {
+            eprintln!("error: {}", stop.why);
+            ExitCode::from(stop.status)
         }
     }
 }

@@ -13,6 +13,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use support::backend::{Stop, tolerance};
 use support::case::Case;
 use support::check::check;
 use support::conformance::{Args, Backend, Counts, conformance};
@@ -125,12 +126,7 @@ fn narrow_weights_stay_close() {
         let machine = Machine::new(None, Some(dtype)).unwrap();
         for case in cases().iter().filter(|case| case.kind == "forward") {
             let outputs = run(&machine, case).unwrap();
-            let verdict = check(
-                case,
-                &outputs,
-                support::conformance::tolerance(&machine, case),
-            );
-            let verdict = verdict.unwrap();
+            let verdict = check(case, &outputs, tolerance(Some(dtype), case, 0)).unwrap();
             assert!(verdict.passed(), "{} in {dtype}:{verdict}", case.id);
         }
     }
@@ -531,9 +527,11 @@ fn the_program_counts_and_fails_when_it_should() {
     let program = |only: Option<&str>| {
         let (mut lines, mut notes) = (Vec::new(), Vec::new());
         let counts = conformance(&args(only), &mut lines, &mut notes)?;
-        Ok::<_, String>((counts, String::from_utf8(lines).unwrap()))
+        Ok::<_, Stop>((counts, String::from_utf8(lines).unwrap()))
     };
-    assert!(program(None).unwrap_err().contains("no *.safetensors file"));
+    let stop = program(None).unwrap_err();
+    assert!(stop.why.contains("no *.safetensors file"), "{stop:?}");
+    assert_eq!(stop.status, 2);
 
     save("a.safetensors", "first", &|_| {});
     save("b.safetensors", "second", &|meta| {
@@ -573,6 +571,27 @@ fn the_program_counts_and_fails_when_it_should() {
     let (counts, lines) = program(Some("e.safe")).unwrap();
     assert_eq!((counts.wrong, counts.status()), (1, 1), "{lines}");
     std::fs::remove_dir_all(&root).unwrap();
+}
+
+/// A backend that is not there, and options of another, are refused in one line before anything is read.
+#[test]
+fn arguments_that_make_no_sense_are_refused() {
+    use clap::Parser;
+    let refused = |words: &str| {
+        let fixed = ["conformance", "--cases", "none", "--out", "none"];
+        let args = Args::try_parse_from(fixed.into_iter().chain(words.split(' '))).unwrap();
+        let stop = conformance(&args, &mut Vec::new(), &mut Vec::new()).unwrap_err();
+        assert_eq!((stop.status, stop.why.lines().count()), (2, 1), "{stop:?}");
+        stop.why
+    };
+    let why = refused("--backend cuda --isa scalar");
+    if cfg!(feature = "cuda") {
+        assert_eq!(why, "--isa means nothing with --backend cuda");
+    } else {
+        assert!(why.contains("build with --features cuda"), "{why}");
+        assert_eq!(why, refused("--backend cuda"));
+    }
+    assert!(!Path::new("none").exists());
 }
 
 /// What is written can be read back, and ids never leave the folder.

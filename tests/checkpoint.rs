@@ -1,5 +1,8 @@
 //! Checkpoints in every published naming run and agree with the f64 reference; bad ones are refused in words.
 
+#[cfg(feature = "cuda")]
+#[path = "common/gpu.rs"]
+mod gpu;
 #[path = "../examples/support/layer/mod.rs"]
 mod layer;
 
@@ -156,9 +159,34 @@ fn runs(name: &str, model: &Model, more: &str, config: Option<&str>) -> Report {
     let path = dir.file("model.safetensors");
     model.write(&path);
     match run(&path, more) {
-        Ok(report) => report,
+        Ok(report) => {
+            #[cfg(feature = "cuda")]
+            runs_on_gpu(name, &path, more);
+            report
+        }
         Err(why) => panic!("{name}: {why}"),
     }
+}
+
+/// The same checkpoint from the same file on a GPU, where one is: whatever the layout and the biases, each token must pass the check.
+#[cfg(feature = "cuda")]
+fn runs_on_gpu(name: &str, path: &Path, more: &str) {
+    if gpu::open().is_none() {
+        return;
+    }
+    let options = Options {
+        backend: layer::device::Backend::Cuda,
+        isa: None,
+        threads: None,
+        no_peaks: false,
+        ..options(path, more)
+    };
+    let (mut out, mut progress) = (Vec::new(), Vec::new());
+    let report = layer::run(&options, &mut out, &mut progress)
+        .unwrap_or_else(|why| panic!("{name} on the GPU: {why}"));
+    let text = String::from_utf8(out).expect("UTF-8");
+    assert!(report.passed(), "{name} on the GPU: {text}");
+    assert_eq!(report.runs[1].1.tokens.len(), 9, "{text}");
 }
 
 fn mixtral(dtype: Dtype) -> Model {
@@ -328,6 +356,34 @@ fn options_that_mean_nothing() {
     }
     assert!(Options::try_parse_from(["layer", "--layer", "3"]).is_err());
     assert!(Options::try_parse_from(["layer", "--layer", "3", "--weights", "x"]).is_ok());
+}
+
+/// A backend that was not compiled in, and options of another.
+#[test]
+fn options_of_another_backend() {
+    let refused = |words: &str| {
+        let words = ["layer", "--backend", "cuda"]
+            .into_iter()
+            .chain(words.split_whitespace());
+        let options = Options::try_parse_from(words).expect("options");
+        let why = options.check().expect_err("a refusal").to_string();
+        assert_eq!(why.lines().count(), 1, "{why}");
+        why
+    };
+    for (option, words) in [
+        ("--isa", "--isa scalar"),
+        ("--threads", "--threads 1"),
+        ("--no-peaks", "--no-peaks"),
+    ] {
+        let why = refused(words);
+        if cfg!(feature = "cuda") {
+            assert_eq!(why, format!("{option} means nothing with --backend cuda"));
+        } else {
+            assert!(why.contains("build with --features cuda"), "{why}");
+            assert_eq!(why, refused(""));
+        }
+    }
+    assert!(Options::try_parse_from(["layer", "--backend", "metal"]).is_err());
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! The `conformance` program as a function, so that tests can run it without a process.
 
-use super::case::{Case, Task};
+use super::backend::{Runner, Stop, Unrun};
+use super::case::Case;
 use super::check::{Verdict, check};
+pub use super::device::Backend;
 use super::file::{CaseFile, Refusal};
 use super::out;
-use super::run::{Machine, run};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use moe_kernels::{DType, Isa};
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -17,7 +18,7 @@ use std::time::Instant;
 ///
 /// Reads every *.safetensors file in CASES, in name order, and writes OUT/<id>.safetensors with router_logits, topk_ids, topk_weights
 /// and y, or value and grad_logits for a loss. One line for each case; the counts come last. Exits with 1 if a case could not be read or run, or
-/// was wrong under --check. A case that is not expressible is named and counted, and is no failure.
+/// was wrong under --check. A case that is not expressible, or that the backend does not do, is named and counted, and is no failure.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "conformance", version)]
 pub struct Args {
@@ -27,13 +28,13 @@ pub struct Args {
     /// Folder for the results; made if it is missing.
     #[arg(long)]
     pub out: PathBuf,
-    /// What runs the layers.
+    /// What runs the layers. cuda needs the feature of that name.
     #[arg(long, value_enum, default_value_t = Backend::Cpu)]
     pub backend: Backend,
     /// Instruction set (scalar, avx2, avx512, neon); the fastest by default, or what MOE_KERNELS_ISA says.
     #[arg(long)]
     pub isa: Option<Isa>,
-    /// Format of the packed weights; that of the file by default.
+    /// Format of the experts' weights; that of the file by default. With cuda, 16 bits are the format of x and of what is between the products, too.
     #[arg(long, value_parser = parse_dtype)]
     pub dtype: Option<DType>,
     /// Only cases whose id or file name contains this.
@@ -42,11 +43,6 @@ pub struct Args {
     /// Compare with what the files expect, and show the errors.
     #[arg(long)]
     pub check: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Backend {
-    Cpu,
 }
 
 fn parse_dtype(name: &str) -> Result<DType, String> {
@@ -60,6 +56,8 @@ pub struct Counts {
     pub done: usize,
     pub wrong: usize,
     pub not_expressible: usize,
+    /// What only another backend does.
+    pub not_on_backend: usize,
     pub failed: usize,
 }
 
@@ -75,6 +73,7 @@ enum Ending {
     Done(String),
     Wrong(String),
     NotExpressible(String),
+    NotOnBackend(String),
     Failed(String),
 }
 
@@ -86,21 +85,24 @@ pub fn conformance(
     args: &Args,
     lines: &mut dyn Write,
     notes: &mut dyn Write,
-) -> Result<Counts, String> {
-    let machine = Machine::new(args.isa, args.dtype).map_err(|why| why.to_string())?;
-    let files = list(&args.cases, args.only.as_deref())?;
+) -> Result<Counts, Stop> {
+    let runner = Runner::new(args)?;
+    let files = list(&args.cases, args.only.as_deref()).map_err(Stop::usage)?;
     std::fs::create_dir_all(&args.out)
-        .map_err(|why| format!("--out {}: {why}", args.out.display()))?;
+        .map_err(|why| Stop::usage(format!("--out {}: {why}", args.out.display())))?;
     let mut counts = Counts::default();
     let mut written = HashMap::new();
-    let broken = |why: io::Error| format!("cannot print: {why}");
+    let broken = |why: io::Error| Stop::usage(format!("cannot print: {why}"));
     for path in &files {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        let (id, ending) = one(args, &machine, path, &mut written, notes);
+        let (id, ending) = one(args, &runner, path, &mut written, notes);
         let (count, word, text) = match ending {
             Ending::Done(text) => (&mut counts.done, "done", text),
             Ending::Wrong(text) => (&mut counts.wrong, "WRONG", text),
             Ending::NotExpressible(text) => (&mut counts.not_expressible, "not expressible:", text),
+            Ending::NotOnBackend(text) => {
+                (&mut counts.not_on_backend, "not on this backend:", text)
+            }
             Ending::Failed(text) => (&mut counts.failed, "FAILED:", text),
         };
         *count += 1;
@@ -111,20 +113,27 @@ pub fn conformance(
         )
         .map_err(broken)?;
     }
+    writeln!(lines, "{}", summary(&runner, &counts, files.len())).map_err(broken)?;
+    Ok(counts)
+}
+
+/// The last line.
+fn summary(runner: &Runner, counts: &Counts, total: usize) -> String {
     let Counts {
         done,
         wrong,
         not_expressible,
+        not_on_backend,
         failed,
     } = counts;
-    let total = files.len();
-    writeln!(
-        lines,
+    let mut line = format!(
         "{total} cases on {}: {done} done, {wrong} wrong, {not_expressible} not expressible, {failed} failed",
-        machine.cpu.isa()
-    )
-    .map_err(broken)?;
-    Ok(counts)
+        runner.name()
+    );
+    if runner.is_partial() {
+        line += &format!(", {not_on_backend} not on this backend");
+    }
+    line
 }
 
 /// The case files of a folder, in name order.
@@ -163,7 +172,7 @@ fn id_of(path: &Path) -> Option<String> {
 /// One file from reading to writing. A bug in one case must not cost the others, so a panic is caught and reported.
 fn one(
     args: &Args,
-    machine: &Machine,
+    runner: &Runner,
     path: &Path,
     written: &mut HashMap<String, PathBuf>,
     notes: &mut dyn Write,
@@ -177,12 +186,14 @@ fn one(
     for note in &case.notes {
         let _ = writeln!(notes, "note: {}: {note}", case.id);
     }
-    let ending = match catch_unwind(AssertUnwindSafe(|| {
-        finish(args, machine, &case, path, written)
-    })) {
+    let finished = catch_unwind(AssertUnwindSafe(|| {
+        finish(args, runner, &case, path, written)
+    }));
+    let ending = match finished {
         Ok(Ok((text, true))) => Ending::Done(text),
         Ok(Ok((text, false))) => Ending::Wrong(text),
-        Ok(Err(why)) => Ending::Failed(why),
+        Ok(Err(Unrun::NotOnBackend(why))) => Ending::NotOnBackend(why),
+        Ok(Err(Unrun::Failed(why))) => Ending::Failed(why),
         Err(_) => Ending::Failed("internal error while running".into()),
     };
     (Some(case.id), ending)
@@ -191,42 +202,21 @@ fn one(
 /// Runs, writes and, if asked, checks; the rest of the line, and whether the check passed.
 fn finish(
     args: &Args,
-    machine: &Machine,
+    runner: &Runner,
     case: &Case,
     path: &Path,
     written: &mut HashMap<String, PathBuf>,
-) -> Result<(String, bool), String> {
+) -> Result<(String, bool), Unrun> {
     if let Some(other) = written.insert(case.id.clone(), path.to_path_buf()) {
-        return Err(format!("{} has the same id", other.display()));
+        return Err(format!("{} has the same id", other.display()).into());
     }
     let start = Instant::now();
-    let outputs = run(machine, case).map_err(|why| why.to_string())?;
+    let outputs = runner.run(case)?;
     let time = start.elapsed();
     out::write(&args.out, &case.id, &outputs).map_err(|why| format!("cannot write: {why}"))?;
     let verdict = match args.check {
-        true => check(case, &outputs, tolerance(machine, case)).map_err(|why| why.to_string())?,
+        true => check(case, &outputs, runner.tolerance(case)).map_err(|why| why.to_string())?,
         false => Verdict::default(),
     };
     Ok((format!("{time:.1?}{verdict}"), verdict.passed()))
-}
-
-/// The file's, or what rounding its weights to a narrower format allows: half a unit in the last place in each of the matrices that
-/// a token passes, with room for sums that cancel.
-pub fn tolerance(machine: &Machine, case: &Case) -> f64 {
-    let (Task::Layer(layer), Some(dtype)) = (&case.task, machine.dtype) else {
-        return case.rtol;
-    };
-    let experts = [Some(layer.experts.dtype())];
-    let shared = layer.shared.as_ref().map(|s| s.mlp.dtype());
-    let latent = layer.latent.as_ref().map(|l| l.dtype());
-    let rounded = experts
-        .into_iter()
-        .chain([shared, latent])
-        .flatten()
-        .any(|d| d != dtype);
-    case.rtol.max(match dtype {
-        DType::BF16 if rounded => 12.0 * 2f64.powi(-9),
-        DType::F16 if rounded => 12.0 * 2f64.powi(-12),
-        _ => 0.0,
-    })
 }

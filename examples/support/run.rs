@@ -103,7 +103,7 @@ fn run_layer(machine: &Machine, case: &Layer) -> Result<Vec<Output>> {
 }
 
 /// Logits from outside with the router's bias, if it has one.
-fn biased(logits: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+pub fn biased(logits: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     let Some(bias) = bias else {
         return logits.to_vec();
     };

@@ -35,6 +35,7 @@ mod weights;
 
 pub use forward::{MoeOperands, NormView, RouteSource};
 pub use latent::{Latent, LatentPointers, LatentViews};
+pub use layout::WorkspaceRouting;
 pub use plan::{MoePlan, MoePointers};
 pub use route::RoutingPointers;
 pub use shared::{MAX_SHARED, SharedExpert, SharedJoin};

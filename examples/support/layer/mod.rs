@@ -10,10 +10,15 @@
 //! | `measure.rs` | the stages, timed through the public API |
 //! | `oracle.rs` | sampled tokens in f64, with a derived tolerance |
 //! | `report.rs` | tables and bars |
+//! | `gpu/` | the same on a GPU, with feature `cuda` |
 #![allow(dead_code)] // the example and its tests each use their own part
 
 pub mod checkpoint;
+#[path = "../device.rs"]
+pub mod device;
 pub mod file;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod machine;
 pub mod measure;
 pub mod naming;
@@ -29,6 +34,7 @@ pub mod tensor;
 pub use options::Options;
 
 use checkpoint::Checkpoint;
+use device::Backend;
 use measure::{Machine, Measured};
 use moe_kernels::{Cpu, DType};
 use oracle::Checked;
@@ -82,7 +88,7 @@ impl Report {
     }
 }
 
-/// Packs the layer that the options describe, times it, checks it.
+/// Takes the layer that the options describe to the machine that they name, times it, checks it.
 ///
 /// # Errors
 /// A [`Failure`] that says what to change.
@@ -91,6 +97,10 @@ pub fn run(
     out: &mut (dyn Write + Send),
     progress: &mut (dyn Write + Send),
 ) -> Result<Report> {
+    options.check()?;
+    if options.backend == Backend::Cuda {
+        return run_on_gpu(options, out, progress);
+    }
     let cpu = match options.isa {
         Some(isa) => Cpu::with_isa(isa)?,
         None => Cpu::from_env()?,
@@ -105,6 +115,15 @@ pub fn run(
         Ok(pool) => pool.install(|| run_on(&cpu, options, out, progress)),
         Err(why) => fail(format!("--threads {threads}: {why}")),
     }
+}
+
+#[cfg(feature = "cuda")]
+use gpu::run as run_on_gpu;
+
+/// Never called: [`Options::check`] refuses the backend.
+#[cfg(not(feature = "cuda"))]
+fn run_on_gpu(_: &Options, _: &mut dyn Write, _: &mut dyn Write) -> Result<Report> {
+    fail("--backend cuda: not compiled in")
 }
 
 fn run_on(
@@ -172,12 +191,17 @@ fn open(options: &Options, out: &mut dyn Write) -> Result<(Architecture, Box<dyn
     Ok((checkpoint.architecture.clone(), Box::new(checkpoint), dtype))
 }
 
-/// Refuses what cannot fit before anything large is made.
-fn check_sizes(options: &Options, architecture: &Architecture, dtype: DType) -> Result<()> {
+/// Refuses what is no call, whatever the machine.
+fn check_options(options: &Options, architecture: &Architecture) -> Result<()> {
     if options.tokens.is_empty() || options.tokens.contains(&0) {
         return fail("--tokens: expected numbers of at least 1, as in 1,512");
     }
-    architecture.router.validate()?;
+    Ok(architecture.router.validate()?)
+}
+
+/// Refuses what cannot fit before anything large is made.
+fn check_sizes(options: &Options, architecture: &Architecture, dtype: DType) -> Result<()> {
+    check_options(options, architecture)?;
     let most = options.tokens.iter().copied().max().unwrap_or(1);
     let slots = architecture.router.slots();
     let expert = Some(architecture.expert_elements()).and_then(|n| n.checked_mul(dtype.size()));

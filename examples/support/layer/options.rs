@@ -1,15 +1,21 @@
 //! The command line.
 
+use super::device::Backend;
 use super::shapes::{Architecture, named, published};
 use super::{Result, fail};
 use clap::Parser;
 use moe_kernels::{DType, Isa};
 use std::path::PathBuf;
 
-/// Runs one mixture-of-experts layer: packs it, times each stage, shows the experts' load, and checks sampled tokens against an f64 reference.
+/// Runs one mixture-of-experts layer: packs it, times each stage, shows the experts' load, and checks sampled tokens against an f64 reference. On a GPU the
+/// layer is timed whole, called and replayed as a CUDA graph.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "layer")]
 pub struct Options {
+    /// What runs the layer. cuda needs the feature of that name.
+    #[arg(long, value_enum, default_value_t = Backend::Cpu)]
+    pub backend: Backend,
+
     /// A published layer by name; a wrong name lists them.
     #[arg(long, default_value = "qwen3-30b-a3b", conflicts_with = "weights")]
     pub shape: String,
@@ -38,7 +44,7 @@ pub struct Options {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 
-    /// Timed calls, of which the median is shown. Default: as many as fit in about a second, 5 to 50.
+    /// Timed calls (on a GPU: rounds of calls), of which the median is shown. Default: as many as fit in about a second, 5 to 50.
     #[arg(long)]
     pub repeats: Option<usize>,
 
@@ -85,6 +91,19 @@ fn dtype(name: &str) -> std::result::Result<DType, String> {
 }
 
 impl Options {
+    /// Refuses a backend that was not compiled in, and options that mean nothing on it.
+    ///
+    /// # Errors
+    /// One line that names the option.
+    pub fn check(&self) -> Result<()> {
+        let only_on_cpu = [
+            ("--isa", self.isa.is_some()),
+            ("--threads", self.threads.is_some()),
+            ("--no-peaks", self.no_peaks),
+        ];
+        self.backend.check(&only_on_cpu).or_else(fail)
+    }
+
     /// The published layer, cut to `--experts`.
     pub fn shape(&self) -> Result<Architecture> {
         let Some(architecture) = named(&self.shape) else {

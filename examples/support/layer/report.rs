@@ -116,7 +116,7 @@ pub fn stages(out: &mut dyn Write, machine: Option<&Machine>, measured: &Measure
 }
 
 /// Four digits and a unit.
-fn duration(seconds: f64) -> String {
+pub fn duration(seconds: f64) -> String {
     match seconds {
         s if s >= 1.0 => format!("{s:.3} s"),
         s if s >= 1e-3 => format!("{:.3} ms", s * 1e3),

@@ -1,12 +1,25 @@
 //! The workspace of a layer: what its stages hand to each other.
 
 use super::{CudaMoeLayer, SharedJoin};
-use crate::cuda::DeviceInfo;
 use crate::cuda::workspace::{Layout, Piece};
+use crate::cuda::{DeviceInfo, DevicePtr};
 use crate::cuda::{permute, routing};
 use crate::error::Result;
 use crate::permute::PermuteOptions;
 use crate::shape::pairs;
+use core::ops::Range;
+
+/// Where a call leaves what it routed by: ranges of bytes of its workspace, numbers without gaps. For load statistics, losses or a look at what happened; valid until
+/// the next call with that workspace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkspaceRouting {
+    /// f32 `[T, R]`: the gate's logits, before multiplier, softcap and noise. Written by a call through the gate.
+    pub logits: Range<usize>,
+    /// i32 `[T, slots]`. Written by a call whose routing is not given, as the weights are.
+    pub ids: Range<usize>,
+    /// f32 `[T, slots]`
+    pub weights: Range<usize>,
+}
 
 /// Where each piece lies.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +58,30 @@ impl CudaMoeLayer {
     /// [`Error::Overflow`](crate::Error::Overflow) when they do not fit the address space, or the pairs `i32`.
     pub fn workspace_size(&self, max_tokens: usize, device: &DeviceInfo) -> Result<usize> {
         self.pieces(max_tokens, device).map(|p| p.total)
+    }
+
+    /// Where a call for `tokens` tokens, not less, leaves logits, ids and weights in the workspace at address `workspace`.
+    ///
+    /// # Errors
+    /// Those of [`workspace_size`](Self::workspace_size).
+    pub fn workspace_routing(
+        &self,
+        tokens: usize,
+        workspace: DevicePtr,
+        device: &DeviceInfo,
+    ) -> Result<WorkspaceRouting> {
+        let pieces = self.pieces(tokens, device)?;
+        // Neither product overflows: the pieces were measured by them.
+        let range = |piece: Piece, numbers: usize| {
+            let start = piece.at(workspace).0.wrapping_sub(workspace.0) as usize;
+            start..start + 4 * numbers
+        };
+        let pairs = tokens * self.router.slots();
+        Ok(WorkspaceRouting {
+            logits: range(pieces.logits, tokens * self.router.num_logits()),
+            ids: range(pieces.ids, pairs),
+            weights: range(pieces.weights, pairs),
+        })
     }
 
     /// How the pairs are sorted: rows of neighbours, since the products mask what a tile has too much.

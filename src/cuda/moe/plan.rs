@@ -50,7 +50,7 @@ pub struct MoePointers {
     pub residual: Option<DeviceRows>,
     /// Out: `[T, H]` of any format.
     pub y: DeviceRows,
-    /// [`CudaMoeLayer::workspace_size`] bytes. The contents do not matter before and mean nothing after.
+    /// [`CudaMoeLayer::workspace_size`] bytes. The contents do not matter before and mean nothing after, but for what [`CudaMoeLayer::workspace_routing`] names.
     pub workspace: DevicePtr,
 }
 
