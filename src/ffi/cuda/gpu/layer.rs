@@ -52,7 +52,7 @@ pub(in crate::ffi::cuda) unsafe fn layer_create(
         layer = layer.with_strict();
     }
     if flag("weight_on_input", c.weight_on_input)? {
-        layer = layer.with_weight_on_input()?;
+        layer = layer.with_weight_on_input();
     }
     if c.routed_scale != 0.0 {
         layer = layer.with_routed_scale(c.routed_scale)?;
@@ -105,11 +105,8 @@ unsafe fn shared_expert(
         // SAFETY: this function's contract.
         false => unsafe { activation(c.shared_activation) }?,
     };
-    Ok(Some(SharedExpert {
-        intermediate: c.shared_intermediate,
-        activation,
-        join,
-    }))
+    let intermediate = c.shared_intermediate;
+    Ok(Some(SharedExpert::new(intermediate, activation, join)))
 }
 
 /// # Safety

@@ -44,7 +44,9 @@ impl Matrix {
             ptr: rows.ptr,
             dtype: rows.dtype,
             stride: 1,
-            expert_stride: rows.stride,
+            placement: Placement::Strided {
+                expert_stride: rows.stride,
+            },
         })
     }
 
@@ -387,7 +389,9 @@ impl DeviceRegions {
                 ptr: DevicePtr(w.data),
                 dtype,
                 row_stride: walked(w.rows, row_stride, w.cols),
-                expert_stride: walked(w.experts, expert_stride, 0),
+                placement: Placement::Strided {
+                    expert_stride: walked(w.experts, expert_stride, 0),
+                },
             },
         }))
     }
