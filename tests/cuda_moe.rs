@@ -427,14 +427,10 @@ fn cuda_layer(case: &Case, dtype: DType) -> CudaMoeLayer {
     .unwrap();
     layer = layer.with_routed_scale(case.routed_scale).unwrap();
     if case.weight_on_input {
-        layer = layer.with_weight_on_input().unwrap();
+        layer = layer.with_weight_on_input();
     }
     if let Some((intermediate, join)) = case.shared {
-        let shared = SharedExpert {
-            intermediate,
-            activation: case.activation,
-            join,
-        };
+        let shared = SharedExpert::new(intermediate, case.activation, join);
         layer = layer.with_shared(shared).unwrap();
     }
     layer

@@ -4,7 +4,7 @@
 //!
 //! Three ways in, from the barest:
 //!
-//! * plain data: [`ptx`] texts and pure `plan_*` functions that give [`Launch`]es ([`plan`], [`routing`], [`permute`], [`grouped_gemm`], [`combine`],
+//! * plain data: [`ptx`] texts and pure `plan_*` functions that give [`Launch`]es ([`plan`], [`routing`], [`permute`], [`grouped_gemm`], [`norm`], [`combine`],
 //!   [`moe::CudaMoeLayer::plan`]); no type of cudarc;
 //! * [`raw`]: unsafe functions on a stream and addresses, in the context that is current;
 //! * [`Cuda`] with [views](memory) of cudarc's slices: [stages], the [grouped product](grouped_gemm) and the whole layer ([`moe`]).
@@ -17,6 +17,7 @@ mod launch;
 pub mod memory;
 mod module;
 pub mod moe;
+pub mod norm;
 pub mod permute;
 pub mod plan;
 mod ptx;

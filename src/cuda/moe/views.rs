@@ -43,10 +43,10 @@ pub struct GateViews<'a> {
     pub bias: Option<DeviceVec<'a, f32>>,
 }
 
-/// The shared expert's weights.
+/// The shared experts' weights.
 #[derive(Debug)]
 pub struct SharedViews<'a> {
-    /// One expert.
+    /// As many experts as the layer has shared ones.
     pub expert: ExpertViews<'a>,
     /// g `[1, H]`, for [`SharedJoin::SigmoidGate`](super::SharedJoin::SigmoidGate) and only then.
     pub gate: Option<DeviceMat<'a>>,
@@ -223,10 +223,13 @@ impl SharedViews<'_> {
         &self,
         cuda: &Cuda,
         stream: &CudaStream,
+        count: usize,
         hidden: usize,
         intermediate: usize,
     ) -> Result<SharedPointers> {
-        let expert = self.expert.check(cuda, stream, 1, hidden, intermediate)?;
+        let expert = self
+            .expert
+            .check(cuda, stream, count, hidden, intermediate)?;
         if let Some(gate) = &self.gate {
             gate.expect(cuda, "shared.gate", stream, 1, hidden)?;
         }

@@ -151,10 +151,10 @@ pub struct GatePointers {
     pub bias: Option<DevicePtr>,
 }
 
-/// The shared expert's weights.
+/// The shared experts' weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SharedPointers {
-    /// One expert.
+    /// As many experts as the layer has shared ones.
     pub expert: ExpertPointers,
     /// g `[1, H]`, for [`SharedJoin::SigmoidGate`](super::SharedJoin::SigmoidGate) and only then.
     pub gate: Option<DeviceRows>,
