@@ -399,8 +399,8 @@ impl<'g> OnGpu<'g> {
         let experts = |place: usize, n: usize, i: usize, width: usize| {
             let up = matrix(place, n * case.wide(i), width);
             let up = match case.activation.gated {
-                true => UpViews::Fused(up),
-                false => UpViews::Plain(up),
+                true => UpViews::Fused(up.into()),
+                false => UpViews::Plain(up.into()),
             };
             ExpertViews::new(up, matrix(place + 1, n * width, i))
         };

@@ -20,7 +20,8 @@ pub enum RouteSource<'a> {
     Gate(GateViews<'a>),
     /// Logits `[T, R]` of any format.
     Logits(DeviceMat<'a>),
-    /// Ids and weights `[T, slots]` as they are: the router is not asked. An id that is neither an expert's nor a null expert's is dropped.
+    /// Ids and weights `[T, slots]` as they are: the router is not asked. An id that is neither an expert's nor a null expert's is dropped
+    /// (beside identity experts, each id from E on is one of theirs).
     Given {
         /// `[T, slots]`
         ids: DeviceVec<'a, i32>,

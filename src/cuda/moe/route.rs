@@ -19,7 +19,8 @@ pub enum RoutingPointers {
     Gate(GatePointers),
     /// Logits `[T, R]`.
     Logits(DeviceRows),
-    /// Ids `[T, slots]` i32 and weights `[T, slots]` f32 as they are: the router is not asked. An id that is neither an expert's nor a null expert's is dropped.
+    /// Ids `[T, slots]` i32 and weights `[T, slots]` f32 as they are: the router is not asked. An id that is neither an expert's nor a null expert's is dropped
+    /// (beside identity experts, each id from E on is one of theirs).
     Given {
         /// `[T, slots]` i32
         ids: DevicePtr,
