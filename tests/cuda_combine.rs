@@ -799,7 +799,7 @@ fn grids_cover_everything() {
             .unwrap();
             let field =
                 |at: usize| u32::from_le_bytes(launch.params()[at..at + 4].try_into().unwrap());
-            let (threads, tiles) = (field(144 + 12), field(144 + 16));
+            let (threads, tiles) = (field(168 + 12), field(168 + 16));
             let columns = if hidden.is_multiple_of(8) { 8 } else { 1 };
             assert!(threads.is_power_of_two() && (32..=256).contains(&threads));
             assert!(launch.block[0] <= 256 && launch.block[0].is_multiple_of(threads));
