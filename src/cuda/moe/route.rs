@@ -115,7 +115,6 @@ impl Call<'_> {
                 DevicePtr::NULL
             },
             workspace: self.at(self.pieces.route),
-            ..RoutePointers::default()
         };
         let plan = plan_route(
             &self.layer.router,
