@@ -11,7 +11,7 @@ rooms=(
     'src/cpu/(shared|out_rows)\.rs'         # the shims through which threads write disjoint parts of one buffer
     'src/cuda/launch\.rs'                   # every call of the CUDA driver
     'src/cuda/raw\.rs'                      # the entry points of a launch: unsafe functions that pass the caller's promise on
-    'src/cuda/(stages|moe/forward)\.rs'     # launches of plans whose operands were checked just before
+    'src/cuda/(stages|grouped_gemm/stage|moe/forward)\.rs' # launches of plans whose operands were checked just before
     'src/cpu/(permute|combine|losses)\.rs'  # their callers, each with the reason why its parts are disjoint
     'src/ffi(\.rs|/.*)'                     # memory and handles that C describes
 )

@@ -1,6 +1,6 @@
 // From the experts' rows back to tokens, with the bits of src/cpu/combine.rs. For each token, in f32:
 //     a = Σ_slot weight · ys[row_of_pair[t·K + slot]], one chain of fused multiply-adds from +0 in slot order, pairs without a row passed over
-//     a = a · scale;   shared experts;   RMS norm;   + bias;   + residual;   rounded once
+//     a = a · scale;   identity experts apart;   shared experts;   RMS norm;   + bias;   + residual;   rounded once
 //
 // Roofline: K rows of ys read, one row of y written, a multiply-add for each number read. Memory alone counts: T 32768, H 4096, K 8 in bf16 are
 // 2.15 GB in and 0.27 GB out, 0.56 ms at the 4.3 TB/s that a copy reaches on an H200. To be at that a multiprocessor must have some 30 KB on
@@ -11,15 +11,16 @@
 // in broadcast loads, and a row that is not there is a branch that no warp splits at. Nothing goes through shared memory; no barrier.
 //
 // Kernels: moe_combine_<ys>_<out> for aligned operands; moe_combine_any_<columns> for everything else; moe_combine_norm_<columns> where a norm needs the
-// whole row first. Weights, bias, gate and norm are f32; x, shared, residual have a format of their own, chosen by a branch that all threads take.
-#include "numerics.cuh"
+// whole row first. Weights, bias, gates and norm are f32; x, shared, residual have a format of their own, chosen by a branch that all threads take.
+#include "columns.cuh"
 
 namespace {
+
+using namespace columns;
 
 constexpr uint32_t NONE = 0xffffffffu;  // no row
 constexpr uint32_t THREADS = 256;
 
-enum Format : uint32_t { F32 = 0, F16 = 1, BF16 = 2 };
 enum Shared : uint32_t { NO_SHARED = 0, ADD = 1, SIGMOID_GATE = 2, AVERAGE = 3 };
 
 }  // namespace
@@ -33,170 +34,24 @@ struct CombineParams {
     const unsigned char* x;         // [tokens, hidden], for identity experts
     const unsigned char* shared;    // [tokens, hidden]
     const float* gate;              // [tokens]: logits for SIGMOID_GATE
+    const float* gamma;             // [tokens, shared_count]: a weight for each shared expert; null: ones
+    const float* apart;             // [tokens, slots]: weights of identity experts that join after the scale; null: they have their place in the sum
     const float* norm;              // [hidden]
     const float* bias;              // [hidden] or null
     const unsigned char* residual;  // [tokens, hidden] or null; may be `out`
     unsigned char* out;             // [tokens, hidden]
     uint64_t ys_stride, x_stride, shared_stride, residual_stride, out_stride;
+    uint64_t shared_step;           // from one shared expert's rows to the next one's
     uint64_t tokens, hidden;
     uint32_t rows, slots, experts, threads, tiles, sum;
     uint32_t ys_format, x_format, shared_format, residual_format, out_format, shared_mode;
-    float scale, eps, mul;
+    uint32_t shared_count;
+    float scale, apart_scale, eps, mul;
     uint32_t unused;
 };
-static_assert(sizeof(CombineParams) == 208, "as in Rust");
+static_assert(sizeof(CombineParams) == 240, "as in Rust");
 
 namespace {
-
-// ---- columns: C neighbours of one row as bits and as f32 ----
-
-template <uint32_t N>
-struct Bytes {
-    uint32_t words[N < 4 ? 1 : N / 4];
-};
-
-// Once read, not read again: past the L1.
-template <uint32_t N>
-MOE_DEVICE Bytes<N> load_once(const unsigned char* at) {
-    Bytes<N> v;
-    if constexpr (N == 2) v.words[0] = ptx::load_nc_16(at);
-    if constexpr (N == 4) v.words[0] = ptx::load_nc_32(at);
-    if constexpr (N >= 16) {
-#pragma unroll
-        for (uint32_t i = 0; i < N / 16; ++i) {
-            const uint4 part = ptx::load_nc_128(at + 16 * i);
-            v.words[4 * i] = part.x, v.words[4 * i + 1] = part.y, v.words[4 * i + 2] = part.z, v.words[4 * i + 3] = part.w;
-        }
-    }
-    return v;
-}
-
-// What may be overwritten by this very thread afterwards.
-template <uint32_t N>
-MOE_DEVICE Bytes<N> load(const unsigned char* at) {
-    Bytes<N> v;
-    if constexpr (N == 2) v.words[0] = *reinterpret_cast<const uint16_t*>(at);
-    if constexpr (N == 4) v.words[0] = *reinterpret_cast<const uint32_t*>(at);
-    if constexpr (N == 8) {
-        const uint2 part = *reinterpret_cast<const uint2*>(at);
-        v.words[0] = part.x, v.words[1] = part.y;
-    }
-    if constexpr (N >= 16) {
-#pragma unroll
-        for (uint32_t i = 0; i < N / 16; ++i) {
-            const uint4 part = ptx::load_128(at + 16 * i);
-            v.words[4 * i] = part.x, v.words[4 * i + 1] = part.y, v.words[4 * i + 2] = part.z, v.words[4 * i + 3] = part.w;
-        }
-    }
-    return v;
-}
-
-template <uint32_t N>
-MOE_DEVICE void store(unsigned char* at, const Bytes<N>& v) {
-    if constexpr (N == 2) *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(v.words[0]);
-    if constexpr (N == 4) *reinterpret_cast<uint32_t*>(at) = v.words[0];
-    if constexpr (N == 8) ptx::store_64(at, make_uint2(v.words[0], v.words[1]));
-    if constexpr (N >= 16) {
-#pragma unroll
-        for (uint32_t i = 0; i < N / 16; ++i) {
-            ptx::store_128(at + 16 * i, make_uint4(v.words[4 * i], v.words[4 * i + 1], v.words[4 * i + 2], v.words[4 * i + 3]));
-        }
-    }
-}
-
-template <Format T>
-constexpr uint32_t SIZE = T == F32 ? 4 : 2;
-
-template <Format T, int C>
-MOE_DEVICE void widen(const Bytes<C * SIZE<T>>& bits, float (&v)[C]) {
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-        if constexpr (T == F32) {
-            v[c] = numerics::from_bits(bits.words[c]);
-        } else {
-            const auto half = static_cast<uint16_t>(bits.words[c / 2] >> 16 * (c % 2));
-            v[c] = T == F16 ? numerics::f16_to_f32(half) : numerics::bf16_to_f32(half);
-        }
-    }
-}
-
-template <Format T, int C>
-MOE_DEVICE Bytes<C * SIZE<T>> narrow(const float (&v)[C]) {
-    Bytes<C * SIZE<T>> bits = {};
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-        if constexpr (T == F32) {
-            bits.words[c] = numerics::bits_of(v[c]);
-        } else {
-            const uint32_t half = T == F16 ? numerics::f32_to_f16(v[c]) : numerics::f32_to_bf16(v[c]);
-            bits.words[c / 2] |= half << 16 * (c % 2);
-        }
-    }
-    return bits;
-}
-
-template <Format T, int C>
-MOE_DEVICE void load_as(const unsigned char* row, uint64_t column, float (&v)[C]) {
-    widen<T, C>(load<C * SIZE<T>>(row + column * SIZE<T>), v);
-}
-
-template <int C>
-MOE_DEVICE void load_any(uint32_t format, const unsigned char* row, uint64_t column, float (&v)[C]) {
-    if (format == F32) {
-        load_as<F32, C>(row, column, v);
-    } else if (format == F16) {
-        load_as<F16, C>(row, column, v);
-    } else {
-        load_as<BF16, C>(row, column, v);
-    }
-}
-
-// A format known when the kernel is compiled, and one known when it is launched.
-template <Format T>
-struct Known {
-    template <int C>
-    using Raw = Bytes<C * SIZE<T>>;
-    template <int C>
-    static MOE_DEVICE Raw<C> load_raw(uint32_t, const unsigned char* row, uint64_t column) {
-        return load_once<C * SIZE<T>>(row + column * SIZE<T>);
-    }
-    template <int C>
-    static MOE_DEVICE void values(const Raw<C>& raw, float (&v)[C]) {
-        widen<T, C>(raw, v);
-    }
-    template <int C>
-    static MOE_DEVICE void write(uint32_t, unsigned char* row, uint64_t column, const float (&v)[C]) {
-        store(row + column * SIZE<T>, narrow<T, C>(v));
-    }
-};
-
-struct Any {
-    template <int C>
-    struct Raw {
-        float values[C];
-    };
-    template <int C>
-    static MOE_DEVICE Raw<C> load_raw(uint32_t format, const unsigned char* row, uint64_t column) {
-        Raw<C> raw;
-        load_any<C>(format, row, column, raw.values);
-        return raw;
-    }
-    template <int C>
-    static MOE_DEVICE void values(const Raw<C>& raw, float (&v)[C]) {
-#pragma unroll
-        for (int c = 0; c < C; ++c) v[c] = raw.values[c];
-    }
-    template <int C>
-    static MOE_DEVICE void write(uint32_t format, unsigned char* row, uint64_t column, const float (&v)[C]) {
-        if (format == F32) {
-            Known<F32>::write<C>(format, row, column, v);
-        } else if (format == F16) {
-            Known<F16>::write<C>(format, row, column, v);
-        } else {
-            Known<BF16>::write<C>(format, row, column, v);
-        }
-    }
-};
 
 // ---- the steps, for C columns of one token ----
 
@@ -230,7 +85,7 @@ MOE_DEVICE void routed(const CombineParams& p, uint64_t t, uint64_t column, floa
             float v[C];
             if (row[i] < p.rows) {
                 Y::template values<C>(raw[i], v);
-            } else if (IDENTITY && p.ids != nullptr && row[i] == NONE && slot + i < p.slots && __ldg(p.ids + pair + i) >= static_cast<int32_t>(p.experts)) {
+            } else if (IDENTITY && p.ids != nullptr && p.apart == nullptr && row[i] == NONE && slot + i < p.slots && __ldg(p.ids + pair + i) >= static_cast<int32_t>(p.experts)) {
                 load_any<C>(p.x_format, p.x + t * p.x_stride, column, v);
             } else {
                 continue;
@@ -241,16 +96,53 @@ MOE_DEVICE void routed(const CombineParams& p, uint64_t t, uint64_t column, floa
     }
 }
 
-// Steps 2 and 3.
-template <int C>
-MOE_DEVICE void add_shared(const CombineParams& p, uint64_t t, uint64_t column, float (&a)[C]) {
+// Step 2, and identity experts apart: their weighted x is a chain of its own, which has the scale by itself.
+template <int C, bool IDENTITY>
+MOE_DEVICE void scale(const CombineParams& p, uint64_t t, uint64_t column, float (&a)[C]) {
     if (p.scale != 1.0f) {
 #pragma unroll
         for (int c = 0; c < C; ++c) a[c] = __fmul_rn(a[c], p.scale);
     }
+    if (!IDENTITY || p.apart == nullptr) return;
+    float v[C], sum[C] = {};
+    load_any<C>(p.x_format, p.x + t * p.x_stride, column, v);
+    for (uint32_t slot = 0; slot < p.slots; ++slot) {
+        const uint64_t pair = t * p.slots + slot;
+        if (__ldg(p.ids + pair) < static_cast<int32_t>(p.experts)) continue;
+        const float weight = __ldg(p.apart + pair);
+#pragma unroll
+        for (int c = 0; c < C; ++c) sum[c] = __fmaf_rn(weight, v[c], sum[c]);
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c) a[c] = __fadd_rn(a[c], __fmul_rn(sum[c], p.apart_scale));
+}
+
+// Σ_j γ_j · s_j, each operation rounded, in the experts' order.
+template <int C>
+MOE_DEVICE void shared_sum(const CombineParams& p, uint64_t t, uint64_t column, float (&s)[C]) {
+    const unsigned char* row = p.shared + t * p.shared_stride;
+    load_any<C>(p.shared_format, row, column, s);
+    if (p.gamma != nullptr) {
+        const float gamma = __ldg(p.gamma + t * p.shared_count);
+#pragma unroll
+        for (int c = 0; c < C; ++c) s[c] = __fmul_rn(gamma, s[c]);
+    }
+    for (uint32_t j = 1; j < p.shared_count; ++j) {
+        row += p.shared_step;
+        float v[C];
+        load_any<C>(p.shared_format, row, column, v);
+        const float gamma = p.gamma != nullptr ? __ldg(p.gamma + t * p.shared_count + j) : 1.0f;
+#pragma unroll
+        for (int c = 0; c < C; ++c) s[c] = __fadd_rn(s[c], __fmul_rn(gamma, v[c]));
+    }
+}
+
+// Step 3.
+template <int C>
+MOE_DEVICE void add_shared(const CombineParams& p, uint64_t t, uint64_t column, float (&a)[C]) {
     if (p.shared_mode == NO_SHARED) return;
     float s[C];
-    load_any<C>(p.shared_format, p.shared + t * p.shared_stride, column, s);
+    shared_sum<C>(p, t, column, s);
     const float gate = p.shared_mode == SIGMOID_GATE ? numerics::sigmoid(__ldg(p.gate + t)) : 0.0f;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
@@ -261,6 +153,14 @@ MOE_DEVICE void add_shared(const CombineParams& p, uint64_t t, uint64_t column, 
             if (p.shared_mode == AVERAGE) a[c] = __fmul_rn(a[c], 0.5f);
         }
     }
+}
+
+// Steps 1 to 3.
+template <class Y, int C, uint32_t AT_ONCE, bool IDENTITY>
+MOE_DEVICE void sum(const CombineParams& p, uint64_t t, uint64_t column, float (&a)[C]) {
+    routed<Y, C, AT_ONCE, IDENTITY>(p, t, column, a);
+    scale<C, IDENTITY>(p, t, column, a);
+    add_shared<C>(p, t, column, a);
 }
 
 // Steps 5 to 7.
@@ -290,8 +190,7 @@ MOE_DEVICE void combine(const CombineParams& p) {
             const uint64_t column = (uint64_t{tile} * threads + thread) * C;
             if (column >= p.hidden) continue;
             float a[C];
-            routed<Y, C, AT_ONCE, IDENTITY>(p, t, column, a);
-            add_shared<C>(p, t, column, a);
+            sum<Y, C, AT_ONCE, IDENTITY>(p, t, column, a);
             finish<O, C>(p, t, column, a);
         }
     }
@@ -308,8 +207,7 @@ MOE_DEVICE void combine_norm(const CombineParams& p) {
         for (uint64_t tile = 0; tile < p.hidden; tile += THREADS * C) {
             const uint64_t column = tile + threadIdx.x * C;
             if (column < p.hidden) {
-                routed<Any, C, C == 1 ? 2 : 4, true>(p, t, column, a);
-                add_shared<C>(p, t, column, a);
+                sum<Any, C, C == 1 ? 2 : 4, true>(p, t, column, a);
 #pragma unroll
                 for (int c = 0; c < C; ++c) row[threadIdx.x * C + c] = a[c];
             }
@@ -329,8 +227,7 @@ MOE_DEVICE void combine_norm(const CombineParams& p) {
         for (uint64_t tile = 0; tile < p.hidden; tile += THREADS * C) {
             const uint64_t column = tile + threadIdx.x * C;
             if (column >= p.hidden) continue;
-            routed<Any, C, C == 1 ? 2 : 4, true>(p, t, column, a);
-            add_shared<C>(p, t, column, a);
+            sum<Any, C, C == 1 ? 2 : 4, true>(p, t, column, a);
             float weight[C];
             load_as<F32, C>(reinterpret_cast<const unsigned char*>(p.norm), column, weight);
 #pragma unroll

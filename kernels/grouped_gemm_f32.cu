@@ -4,8 +4,8 @@
 //
 // Exact (`exact`). The copies, stages, schedule and swizzle are those of include/grouped_tile.cuh; a thread holds TM x TN sums and walks k in order, four
 // values of k a 16-byte shared load. Neither the tile's shape nor anything else but K touches a chain, and the chain is the CPU's (docs/design.md): k
-// ascending; where W is bf16, pairs of k, odd element first, subnormal bf16 read as zeros. The odd-first order costs nothing: those elements are
-// exchanged on their way into shared memory. Beyond K nothing is added, since fma(0, 0, −0) is +0. Bias and activation are the CPU's operations. So
+// ascending; where W is bf16, pairs of k, odd element first, subnormal bf16 read as zeros. (Not where W counts as f32, as a gate's weights do on the CPU.) The
+// odd-first order costs nothing: those elements are exchanged on their way into shared memory. Beyond K nothing is added, since fma(0, 0, −0) is +0. Bias and activation are the CPU's operations. So
 // h and ys have the CPU's bits for every format: D3 reaches the GPU. NaN payloads apart.
 //
 //   kernel      tile     threads  sums a thread  block of k  stages  shared   what for
@@ -51,8 +51,8 @@ struct Any {
     MOE_DEVICE static uint32_t w_bytes(const GroupedGemmParams& p) { return p.w_dtype == epilogue::F32 ? 4 : 2; }
 };
 
-// Values of k that the chains take: an odd K gets a partner of zeros where W is bf16.
-MOE_DEVICE uint32_t chain_length(const GroupedGemmParams& p) { return p.w_dtype == epilogue::BF16 ? p.k + p.k % 2 : p.k; }
+// Whether chains take k in pairs, as they do where W is bf16 and does not count as f32.
+MOE_DEVICE bool in_pairs(const GroupedGemmParams& p) { return p.w_dtype == epilogue::BF16 && (p.flags & grouped::WidenedWeights) == 0; }
 
 template <class Shape>
 using AlignedLoader = grouped::TileLoader<F32, Shape, true>;
@@ -92,7 +92,7 @@ struct AnyLoader : grouped::TileLoader<Any, Shape, false> {
             if (p.a_dtype == epilogue::F16) v = numerics::f16_to_f32(numerics::f32_to_f16(v));
             if (p.a_dtype == epilogue::BF16) v = numerics::bf16_to_f32(numerics::f32_to_bf16(v));
         }
-        return flushed(v, p.w_dtype == epilogue::BF16 && p.a_dtype == epilogue::BF16);
+        return flushed(v, in_pairs(p) && p.a_dtype == epilogue::BF16);
     }
 
     MOE_DEVICE void copy_part(const GroupedGemmParams& p, uint32_t, uint32_t stage, int i) const {
@@ -106,11 +106,11 @@ struct AnyLoader : grouped::TileLoader<Any, Shape, false> {
 #pragma unroll
         for (uint32_t q = 0; q < 4; ++q) {
             uint32_t k = this->k_byte / 4 + chunk * 4 + q;
-            if (p.w_dtype == epilogue::BF16) k ^= 1;
+            if (in_pairs(p)) k ^= 1;
             float v = 0.0f;
             if (valid && k < p.k) {
                 v = of_a ? element_of_a(p, a_row + k, scales[pass % Shape::PassesA])
-                         : flushed(epilogue::load_element(this->w + pass * this->w_step, p.w_dtype, k), p.w_dtype == epilogue::BF16);
+                         : flushed(epilogue::load_element(this->w + pass * this->w_step, p.w_dtype, k), in_pairs(p));
             }
             words[q] = __float_as_uint(v);
         }
@@ -118,6 +118,17 @@ struct AnyLoader : grouped::TileLoader<Any, Shape, false> {
         ptx::store_shared_128(target + grouped::swizzle<Shape>(row, chunk) * 16, make_uint4(words[0], words[1], words[2], words[3]));
     }
 };
+
+// Values of k that the chains take: an odd K gets a partner of zeros where they are taken in pairs.
+template <class Shape>
+MOE_DEVICE uint32_t chain_length(const AlignedLoader<Shape>&, const GroupedGemmParams& p) {
+    return p.k;  // of f32, whatever the parameters say: one that looked spilled on sm_90
+}
+
+template <class Shape>
+MOE_DEVICE uint32_t chain_length(const AnyLoader<Shape>&, const GroupedGemmParams& p) {
+    return in_pairs(p) ? p.k + p.k % 2 : p.k;
+}
 
 MOE_DEVICE float part(const uint4& v, uint32_t i) { return __uint_as_float(i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w); }
 
@@ -181,9 +192,9 @@ MOE_DEVICE void exact_product(const GroupedGemmParams& p, unsigned char* shared)
     const uint32_t stages = ptx::shared_address(shared);
     const uint32_t output_columns = p.activation.gated != 0 ? Shape::Columns / 2 : Shape::Columns;
     const uint32_t column_tiles = (p.n + output_columns - 1) / output_columns;
-    const uint32_t k_bytes = chain_length(p) * 4;
 
     Loader loader;
+    const uint32_t k_bytes = chain_length(loader, p) * 4;
     loader.start(p, column_tiles, ring);
 #pragma unroll 1
     for (int s = 0; s < Shape::Stages - 1; ++s) {

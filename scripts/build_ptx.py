@@ -66,6 +66,7 @@ MEANT = {
         ("moe_permute_rows_16", [r"LDG\.E\.[\w.]*128", r"STG\.E\.128"]),
     ],
     "combine": [("moe_combine_(f32|f16|bf16)_.*", [r"LDG\.E\.[\w.]*128", r"STG\.E\.(128|64)"])],
+    "norm": [("moe_norm_(f32|b?f16)", [r"LDG\.E\.[\w.]*128", r"STS\.128", r"LDS\.128", r"STG\.E\.128"])],
     "grouped_gemm_f32": [
         ("moe_grouped_gemm_f32_exact_m.*", ["FFMA", r"LDS\.128"]),
         ("moe_grouped_gemm_f32_tf32_m(128|32)", [r"HMMA\.1688\.F32\.TF32", ASYNC_COPY]),

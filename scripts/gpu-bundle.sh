@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-target/gpu-bundle}
 # Not cuda_host: it needs the source tree and a C compiler, and a mock instead of a GPU.
-tests=(cuda_moe cuda_routing cuda_permute cuda_combine cuda_grouped_gemm cuda_grouped_gemm_sm90)
+tests=(cuda_moe cuda_moe_steps cuda_norm cuda_routing cuda_permute cuda_combine cuda_grouped_gemm cuda_grouped_gemm_safe cuda_grouped_gemm_sm90)
 
 rm -rf "$out"
 mkdir -p "$out/bin"

@@ -621,6 +621,97 @@ fn plans_say_what_is_wrong() {
         }),
         "shared gate"
     );
+    let sum = SharedSum {
+        experts: 2,
+        expert_stride: 256,
+        weights: DevicePtr::NULL,
+    };
+    let several = |shared_sum| CombineOperands {
+        shared: Some(Shared::Add(rows(7, 64))),
+        shared_sum: Some(shared_sum),
+        ..fine
+    };
+    assert!(plan_combine(&several(sum), &DeviceInfo::A100).is_ok());
+    for (bad, expected) in [
+        (SharedSum { experts: 0, ..sum }, "shared_sum.experts"),
+        (
+            SharedSum {
+                weights: DevicePtr(2),
+                ..sum
+            },
+            "shared_sum.weights",
+        ),
+        (
+            SharedSum {
+                expert_stride: usize::MAX,
+                ..sum
+            },
+            "shared experts",
+        ),
+    ] {
+        assert_eq!(argument(several(bad)), expected);
+    }
+    assert_eq!(
+        argument(CombineOperands {
+            shared_sum: Some(sum),
+            ..fine
+        }),
+        "shared_sum"
+    );
+    let apart = IdentityApart {
+        ids: identity.ids,
+        weights,
+        slots: 2,
+        num_experts: 7,
+        x: identity.x,
+        scale: 1.0,
+    };
+    let beside = |identity_apart| CombineOperands {
+        identity_apart: Some(identity_apart),
+        ..fine
+    };
+    let launch = plan_combine(&beside(apart), &DeviceInfo::A100).unwrap();
+    assert_eq!(launch.kernel, "moe_combine_any_4");
+    for (bad, expected) in [
+        (IdentityApart { slots: 3, ..apart }, "identity_apart.slots"),
+        (
+            IdentityApart {
+                scale: f32::NAN,
+                ..apart
+            },
+            "identity_apart.scale",
+        ),
+        (
+            IdentityApart {
+                weights: DevicePtr::NULL,
+                ..apart
+            },
+            "identity_apart.weights",
+        ),
+        (
+            IdentityApart {
+                ids: DevicePtr::NULL,
+                ..apart
+            },
+            "ids",
+        ),
+        (
+            IdentityApart {
+                x: rows(0, 64),
+                ..apart
+            },
+            "x",
+        ),
+    ] {
+        assert_eq!(argument(beside(bad)), expected);
+    }
+    assert_eq!(
+        argument(CombineOperands {
+            routed: pairs(rows(1, 64), weights, row_of_pair, Some(identity)),
+            ..beside(apart)
+        }),
+        "identity_apart"
+    );
     let norm = Norm {
         weight: DevicePtr(9 << 20),
         eps: 1e-5,
@@ -708,7 +799,7 @@ fn grids_cover_everything() {
             .unwrap();
             let field =
                 |at: usize| u32::from_le_bytes(launch.params()[at..at + 4].try_into().unwrap());
-            let (threads, tiles) = (field(144 + 12), field(144 + 16));
+            let (threads, tiles) = (field(168 + 12), field(168 + 16));
             let columns = if hidden.is_multiple_of(8) { 8 } else { 1 };
             assert!(threads.is_power_of_two() && (32..=256).contains(&threads));
             assert!(launch.block[0] <= 256 && launch.block[0].is_multiple_of(threads));

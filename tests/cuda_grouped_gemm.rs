@@ -10,17 +10,16 @@ use common::Rng;
 use common::product::Stored;
 use gpu::{Buffer, Gpu};
 use moe_kernels::cuda::combine::DeviceRows;
-use moe_kernels::cuda::grouped_gemm::params::{Flags, GroupedGemmParams};
 use moe_kernels::cuda::grouped_gemm::{
-    BiasPointers, GatherPointers, GroupPointers, GroupedGemm, Numerics, WeightPointers,
+    BiasPointers, GatherPointers, GroupPointers, GroupedGemm, Numerics, Placement, WeightPointers,
     plan_grouped_gemm,
 };
-use moe_kernels::cuda::{DeviceInfo, DevicePtr, Launch};
+use moe_kernels::cuda::{DeviceInfo, DevicePtr};
 use moe_kernels::grouped_gemm::{
     Activation, ActivationFunction, Clamp, Gather, Groups, PackedMatrices, grouped_gemm_into,
     scratch_bytes,
 };
-use moe_kernels::{Cpu, DType};
+use moe_kernels::{Cpu, DType, Error};
 use proptest::prelude::*;
 
 /// Few multiprocessors, so that a block has many tiles; not a Hopper, so that its kernels stay out.
@@ -38,8 +37,33 @@ enum Layout {
     Fused,
     /// Gate and up rows in turn.
     Interleaved,
-    /// One address for each expert.
+    /// An allocation for each matrix of each expert, and for each bias.
     Table,
+    /// An allocation for each expert: gate rows, then up rows.
+    FusedTable,
+    /// The same with gate and up rows in turn.
+    InterleavedTable,
+}
+
+impl Layout {
+    const ALL: [Self; 6] = [
+        Self::Separate,
+        Self::Fused,
+        Self::Interleaved,
+        Self::Table,
+        Self::FusedTable,
+        Self::InterleavedTable,
+    ];
+
+    /// The layout whose experts lie apart in this one.
+    fn stacked(self) -> Self {
+        match self {
+            Self::Table => Self::Separate,
+            Self::FusedTable => Self::Fused,
+            Self::InterleavedTable => Self::Interleaved,
+            other => other,
+        }
+    }
 }
 
 /// A product in host memory. Rows of an expert begin at multiples of `block`.
@@ -201,90 +225,105 @@ fn on_cpu(case: &Case, data: &Data, out: DType) -> Vec<f32> {
     result.to_f32()
 }
 
-/// Weights on the device as the layout has them: the buffers that must live, and gate and up.
-fn upload_weights(
-    gpu: &Gpu,
-    case: &Case,
-    data: &Data,
-) -> (Vec<Buffer<u8>>, WeightPointers, WeightPointers) {
+/// Matrices of `n` rows as they lie in memory, all experts' one after another: gate and up, which may be one, with elements from row to row and where up begins.
+fn lay_out(case: &Case, data: &Data) -> (Vec<Vec<u8>>, usize, usize) {
     let (e, n, k, size) = (case.counts.len(), case.n, case.k, case.w.size());
     let (gate, up) = (bytes(&data.gate), bytes(&data.up));
-    let row =
-        |v: &[u8], expert: usize, r: usize| v[(expert * n + r) * k * size..][..k * size].to_vec();
-    let pointers = |ptr: DevicePtr, row_stride: usize, expert_stride: usize| WeightPointers {
-        ptr,
-        dtype: case.w,
-        row_stride,
-        expert_stride,
-    };
-    match case.layout {
-        Layout::Separate | Layout::Table => {
-            let stride = k.next_multiple_of(8) + 8;
-            let spread = |v: &[u8]| {
-                let mut all = vec![0xff; e * n * stride * size];
-                for i in 0..e * n {
-                    all[i * stride * size..][..k * size].copy_from_slice(&row(v, 0, i));
-                }
-                gpu.upload(&all)
-            };
-            let (g, u) = (spread(&gate), spread(&up));
-            let (gp, up) = (g.ptr(), u.ptr());
-            (
-                vec![g, u],
-                pointers(gp, stride, n * stride),
-                pointers(up, stride, n * stride),
-            )
-        }
-        Layout::Fused | Layout::Interleaved => {
-            let mut all = Vec::new();
-            for expert in 0..e {
-                if case.layout == Layout::Fused {
-                    (0..n).for_each(|r| all.extend(row(&gate, expert, r)));
-                    (0..n).for_each(|r| all.extend(row(&up, expert, r)));
-                } else {
-                    for r in 0..n {
-                        all.extend(row(&gate, expert, r));
-                        all.extend(row(&up, expert, r));
-                    }
-                }
+    let row = |v: &[u8], r: usize| v[r * k * size..][..k * size].to_vec();
+    if case.layout.stacked() == Layout::Separate {
+        let stride = k.next_multiple_of(8) + 8;
+        let spread = |v: &[u8]| {
+            let mut all = vec![0xff; e * n * stride * size];
+            for i in 0..e * n {
+                all[i * stride * size..][..k * size].copy_from_slice(&row(v, i));
             }
-            let buffer = gpu.upload(&all);
-            let at = buffer.ptr();
-            let (second, stride) = match case.layout {
-                Layout::Fused => (n * k, k),
-                _ => (k, 2 * k),
-            };
-            let up = at.add((second * size) as u64);
-            (
-                vec![buffer],
-                pointers(at, stride, 2 * n * k),
-                pointers(up, stride, 2 * n * k),
-            )
+            all
+        };
+        return (vec![spread(&gate), spread(&up)], stride, 0);
+    }
+    let fused = case.layout.stacked() == Layout::Fused;
+    let mut all = Vec::new();
+    for expert in 0..e {
+        let rows = expert * n..(expert + 1) * n;
+        if fused {
+            rows.clone().for_each(|r| all.extend(row(&gate, r)));
+            rows.for_each(|r| all.extend(row(&up, r)));
+        } else {
+            rows.for_each(|r| all.extend([row(&gate, r), row(&up, r)].concat()));
         }
+    }
+    let (second, stride) = if fused { (n * k, k) } else { (k, 2 * k) };
+    (vec![all], stride, second)
+}
+
+/// One allocation for each expert and the table of their addresses. The bytes that it keeps must live.
+fn upload_apart(gpu: &Gpu, all: &[u8], experts: usize) -> (Vec<Buffer<u8>>, Buffer<u64>) {
+    let one = all.len() / experts;
+    // From the last to the first, so that addresses do not ascend.
+    let mut buffers: Vec<_> = (0..experts)
+        .rev()
+        .map(|e| gpu.upload(&all[e * one..][..one]))
+        .collect();
+    buffers.reverse();
+    let addresses: Vec<u64> = buffers.iter().map(|b| b.ptr().0).collect();
+    let table = gpu.upload(&addresses);
+    (buffers, table)
+}
+
+/// What must live while a launch runs.
+#[derive(Default)]
+struct Kept {
+    buffers: Vec<Buffer<u8>>,
+    tables: Vec<Buffer<u64>>,
+}
+
+impl Kept {
+    /// Uploads what all experts have, apart or not: the address to begin at.
+    fn upload(&mut self, gpu: &Gpu, all: &[u8], experts: usize, apart: bool) -> DevicePtr {
+        if !apart {
+            self.buffers.push(gpu.upload(all));
+            return self.buffers[self.buffers.len() - 1].ptr();
+        }
+        let (buffers, table) = upload_apart(gpu, all, experts);
+        let ptr = table.ptr();
+        self.buffers.extend(buffers);
+        self.tables.push(table);
+        ptr
     }
 }
 
-/// The same launch with the matrices found through tables of addresses.
-fn through_tables(gpu: &Gpu, launch: &Launch, element: usize) -> (Launch, [Buffer<u64>; 2]) {
-    let mut p: GroupedGemmParams = bytemuck::pod_read_unaligned(launch.params());
-    let table = |base: DevicePtr, stride: i64| {
-        let addresses: Vec<u64> = (0..u64::from(p.experts))
-            .map(|i| base.0 + i * stride as u64 * element as u64)
-            .collect();
-        gpu.upload(&addresses)
+/// Weights on the device as the layout has them: what must live, and gate and up.
+fn upload_weights(gpu: &Gpu, case: &Case, data: &Data) -> (Kept, WeightPointers, WeightPointers) {
+    let (e, n) = (case.counts.len(), case.n);
+    let (matrices, stride, second) = lay_out(case, data);
+    let apart = case.layout != case.layout.stacked();
+    let mut kept = Kept::default();
+    let ptrs: Vec<DevicePtr> = matrices
+        .iter()
+        .map(|m| kept.upload(gpu, m, e, apart))
+        .collect();
+    let rows = if ptrs.len() == 1 {
+        2 * n * case.k
+    } else {
+        n * stride
     };
-    let tables = [
-        table(p.gate, p.gate_expert_stride),
-        table(p.up, p.up_expert_stride),
-    ];
-    (p.gate, p.up) = (tables[0].ptr(), tables[1].ptr());
-    (p.gate_expert_stride, p.up_expert_stride) = (i64::MAX, i64::MAX);
-    p.flags |= Flags::WEIGHT_TABLES;
-    let again = Launch::new(launch.module, launch.kernel, &p)
-        .grid(launch.grid)
-        .block(launch.block)
-        .shared(launch.shared_bytes);
-    (again, tables)
+    let pointers = |ptr: DevicePtr, first: usize| match apart {
+        false => WeightPointers::strided(
+            ptr.add((first * case.w.size()) as u64),
+            case.w,
+            stride,
+            rows,
+        ),
+        true => WeightPointers {
+            placement: Placement::Table {
+                offset: first,
+                alignment: 256,
+            },
+            ..WeightPointers::table(ptr, case.w, stride, 256)
+        },
+    };
+    let (gate, up) = (ptrs[0], ptrs[ptrs.len() - 1]);
+    (kept, pointers(gate, 0), pointers(up, second))
 }
 
 /// The GPU's answer `[rows, n]` as f32 and the kernel that gave it. Checks that nothing but real rows was written.
@@ -308,15 +347,16 @@ fn on_gpu(gpu: &Gpu, case: &Case, data: &Data) -> (Vec<f32>, &'static str) {
         gpu.write(&mut counts, &(0..e).map(bad).collect::<Vec<_>>());
         gpu.write(&mut pairs, &vec![u32::MAX - 1; rows]);
     }
-    let (gate_bias, up_bias) = (gpu.upload(&data.gate_bias), gpu.upload(&data.up_bias));
     let capacity = rows + case.spare;
     let out = gpu.filled::<u8>(capacity * stride * size, 0xff);
-    let (_weights, gate, up) = upload_weights(gpu, case, data);
-    let bias = |b: &Buffer<f32>| BiasPointers {
-        ptr: b.ptr(),
-        dtype: DType::F32,
-        stride: 1,
-        expert_stride: n,
+    let (mut kept, gate, up) = upload_weights(gpu, case, data);
+    let apart = case.layout == Layout::Table;
+    let mut bias = |b: &[f32]| {
+        let ptr = kept.upload(gpu, bytemuck::cast_slice(b), case.counts.len(), apart);
+        match apart {
+            false => BiasPointers::strided(ptr, DType::F32, n),
+            true => BiasPointers::table(ptr, DType::F32),
+        }
     };
     let gated = case.activation.gated;
     let product = GroupedGemm {
@@ -342,8 +382,8 @@ fn on_gpu(gpu: &Gpu, case: &Case, data: &Data) -> (Vec<f32>, &'static str) {
         },
         gate: gated.then_some(gate),
         up,
-        gate_bias: (case.bias && gated).then(|| bias(&gate_bias)),
-        up_bias: case.bias.then(|| bias(&up_bias)),
+        gate_bias: (case.bias && gated).then(|| bias(&data.gate_bias)),
+        up_bias: case.bias.then(|| bias(&data.up_bias)),
         activation: case.activation,
         out: DeviceRows {
             ptr: out.ptr(),
@@ -356,12 +396,8 @@ fn on_gpu(gpu: &Gpu, case: &Case, data: &Data) -> (Vec<f32>, &'static str) {
         numerics: case.numerics,
         strict: case.strict,
     };
-    let mut launch = plan_grouped_gemm(&product, &DEVICE).unwrap();
     // pair_of_row covers the rows that there are; the spare ones belong to no expert.
-    let _tables;
-    if case.layout == Layout::Table {
-        (launch, _tables) = through_tables(gpu, &launch, case.w.size());
-    }
+    let launch = plan_grouped_gemm(&product, &DEVICE).unwrap();
     if !launch.is_empty() {
         gpu.launch(&launch);
     }
@@ -486,6 +522,40 @@ fn exact_products_have_the_bits_of_the_cpu() {
                 &on_cpu(&case, &data, case.out),
                 &format!("{case:?}"),
             );
+        }
+    }
+}
+
+/// Weights of 16 bits that count as f32: the bits of the CPU with the same numbers in f32, which differ from those of bf16's own chain.
+#[test]
+fn widened_weights_have_the_bits_of_f32() {
+    let Some(gpu) = gpu::open() else { return };
+    for w in [DType::BF16, DType::F16] {
+        for (k, x) in [(1, w), (77, w), (64, DType::F32)] {
+            let case = |numerics| Case {
+                a: x,
+                w,
+                bias: true,
+                numerics,
+                ..Case::new(w, &[3, 0, 19], 24, k)
+            };
+            let widened = case(Numerics::ExactWidened);
+            let mut data = widened.data();
+            let (found, _) = on_gpu(&gpu, &widened, &data);
+            let (exact, _) = on_gpu(&gpu, &case(Numerics::Exact), &data);
+            data.gate = Stored::F32(data.gate.to_f32());
+            data.up = Stored::F32(data.up.to_f32());
+            let in_f32 = Case {
+                w: DType::F32,
+                ..widened.clone()
+            };
+            common::assert_same_bits(
+                &found,
+                &on_cpu(&in_f32, &data, case(Numerics::Exact).out),
+                &format!("{widened:?}"),
+            );
+            let same = common::bits(&found) == common::bits(&exact);
+            assert_eq!(same, w == DType::F16 || k == 1, "{w} {k}");
         }
     }
 }
@@ -622,6 +692,184 @@ fn rows_do_not_depend_on_their_batch() {
     }
 }
 
+/// Where the matrices lie has no part in the bits: every layout against the first, in each family of kernels, aligned and not.
+#[test]
+fn layouts_and_tables_give_the_same_bits() {
+    let Some(gpu) = gpu::open() else { return };
+    let modes = [
+        (DType::BF16, Numerics::TensorCores, true, "sm80"),
+        (DType::F16, Numerics::TensorCores, false, "decode"),
+        (DType::F32, Numerics::TensorCores, true, "exact_m16"),
+        (DType::F32, Numerics::Tf32, true, "tf32"),
+        (DType::BF16, Numerics::Exact, true, "exact_any"),
+    ];
+    for (dtype, numerics, strict, family) in modes {
+        for (n, k) in [(24, 72), (17, 35)] {
+            for activation in [Activation::SWIGLU, LINEAR] {
+                let base = Case {
+                    numerics,
+                    strict,
+                    activation,
+                    bias: true,
+                    ..Case::new(dtype, &[3, 0, 6, 1], n, k)
+                };
+                let data = base.data();
+                let results = Layout::ALL.map(|layout| {
+                    let case = Case {
+                        layout,
+                        ..base.clone()
+                    };
+                    on_gpu(&gpu, &case, &data)
+                });
+                for ((found, kernel), layout) in results.iter().zip(Layout::ALL) {
+                    // Tables of aligned matrices take the fast kernels, as one allocation does; an odd half of a fused matrix does not begin on 16 bytes.
+                    let aligned = k.is_multiple_of(8) || layout.stacked() == Layout::Separate;
+                    let slow = kernel.contains("unaligned")
+                        || family == "exact_m16" && kernel.contains("exact_any");
+                    assert!(kernel.contains(family) || slow, "{layout:?}: {kernel}");
+                    if family != "exact_any" && (activation.gated || aligned) {
+                        let a_aligned = (k * base.a.size()).is_multiple_of(16);
+                        assert_eq!(slow, !(aligned && a_aligned), "{layout:?}: {kernel}");
+                    }
+                    common::assert_same_bits(found, &results[0].0, &format!("{layout:?} {kernel}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_plan_says_what_is_wrong_with_a_table() {
+    let rows = |ptr, stride| DeviceRows {
+        ptr: DevicePtr(ptr),
+        dtype: DType::BF16,
+        stride,
+    };
+    let table = |ptr| WeightPointers::table(DevicePtr(ptr), DType::BF16, 64, 16);
+    let good = GroupedGemm {
+        a: rows(0x1000, 64),
+        a_rows: 100,
+        gather: None,
+        groups: GroupPointers::Ragged {
+            offsets: DevicePtr(0x2000),
+            counts: DevicePtr(0x3000),
+            experts: 4,
+        },
+        gate: Some(table(0x4000)),
+        up: table(0x5008),
+        gate_bias: Some(BiasPointers::table(DevicePtr(0x6000), DType::F32)),
+        up_bias: Some(BiasPointers::table(DevicePtr(0x6100), DType::F32)),
+        activation: Activation::SWIGLU,
+        out: rows(0x7000, 64),
+        rows: 100,
+        n: 64,
+        k: 64,
+        numerics: Numerics::TensorCores,
+        strict: true,
+    };
+    let kernel =
+        |p: &GroupedGemm, device: &DeviceInfo| plan_grouped_gemm(p, device).unwrap().kernel;
+    // Hopper's own kernels want one allocation.
+    for device in [DEVICE, DeviceInfo::H100] {
+        assert_eq!(kernel(&good, &device), "moe_grouped_gemm_sm80_bf16_m32");
+    }
+    let stacked = |ptr| WeightPointers::strided(DevicePtr(ptr), DType::BF16, 64, 64 * 64);
+    let one_allocation = GroupedGemm {
+        gate: Some(stacked(0x10000)),
+        up: stacked(0x20000),
+        ..good
+    };
+    assert!(kernel(&one_allocation, &DeviceInfo::H100).contains("sm90"));
+    let at = |offset, alignment| Placement::Table { offset, alignment };
+    let with = |placement| GroupedGemm {
+        up: WeightPointers {
+            placement,
+            ..good.up
+        },
+        ..good
+    };
+    // What is not known to be aligned is read element by element.
+    for placement in [at(0, 8), at(4, 16), at(4, 256)] {
+        assert!(kernel(&with(placement), &DEVICE).ends_with("_unaligned"));
+    }
+    assert!(!kernel(&with(at(64 * 64, 32)), &DEVICE).ends_with("_unaligned"));
+    let bias = |ptr, placement| {
+        Some(BiasPointers {
+            ptr: DevicePtr(ptr),
+            dtype: DType::F32,
+            stride: 1,
+            placement,
+        })
+    };
+    let refused = [
+        ("weights", with(at(0, 0))),
+        ("weights", with(at(0, 1))),
+        ("weights", with(at(0, 48))),
+        (
+            "weights",
+            GroupedGemm {
+                up: table(0),
+                ..good
+            },
+        ),
+        (
+            "weights",
+            GroupedGemm {
+                up: table(0x5004),
+                ..good
+            },
+        ),
+        (
+            "gate",
+            GroupedGemm {
+                gate: Some(stacked(0x10000)),
+                ..good
+            },
+        ),
+        (
+            "bias",
+            GroupedGemm {
+                up_bias: bias(0x6100, Placement::Strided { expert_stride: 64 }),
+                ..good
+            },
+        ),
+        (
+            "bias",
+            GroupedGemm {
+                up_bias: bias(0x6104, at(0, 4)),
+                ..good
+            },
+        ),
+        (
+            "bias",
+            GroupedGemm {
+                up_bias: bias(0x6100, at(0, 2)),
+                ..good
+            },
+        ),
+        (
+            "bias",
+            GroupedGemm {
+                up_bias: bias(0, at(0, 4)),
+                ..good
+            },
+        ),
+    ];
+    for (name, product) in refused {
+        match plan_grouped_gemm(&product, &DEVICE) {
+            Err(Error::Value { argument, .. }) => assert_eq!(argument, name, "{product:?}"),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+    for placement in [at(usize::MAX / 2, 16), at(usize::MAX, 16)] {
+        let planned = plan_grouped_gemm(&with(placement), &DEVICE);
+        assert!(
+            matches!(planned, Err(Error::Overflow { .. })),
+            "{planned:?}"
+        );
+    }
+}
+
 #[test]
 fn no_rows_write_nothing_and_one_expert_may_have_all() {
     let Some(gpu) = gpu::open() else { return };
@@ -685,7 +933,7 @@ proptest! {
         out in prop::sample::select(DType::ALL.to_vec()),
         (block, slots, gated) in (1usize..9, 0usize..4, any::<bool>()),
         (bias, scale, strict) in any::<(bool, bool, bool)>(),
-        layout in prop::sample::select(vec![Layout::Separate, Layout::Fused, Layout::Interleaved, Layout::Table]),
+        layout in prop::sample::select(Layout::ALL.to_vec()),
         tf32 in any::<bool>(),
         seed in any::<u64>(),
     ) {

@@ -10,11 +10,12 @@ use common::Rng;
 use gpu::{Buffer, Gpu};
 use half::{bf16, f16};
 use moe_kernels::cuda::grouped_gemm::params::{ActivationParams, Flags, GroupedGemmParams};
+use moe_kernels::cuda::grouped_gemm::sm80::plan_grouped_gemm_sm80;
 use moe_kernels::cuda::grouped_gemm::sm90::{
     CLUSTER_ROWS, TILE_COLUMNS, TILE_K, TILE_ROWS, cluster_for, plan_grouped_gemm_sm90,
     plan_with_cluster,
 };
-use moe_kernels::cuda::{DeviceInfo, DevicePtr};
+use moe_kernels::cuda::{DeviceInfo, DevicePtr, Launch};
 use moe_kernels::grouped_gemm::{Activation, ActivationFunction, Clamp};
 use moe_kernels::reference::{self, MlpSpec};
 use moe_kernels::{DType, Error};
@@ -275,13 +276,24 @@ fn upload(gpu: &Gpu, case: &Case, data: &Data) -> (Device, GroupedGemmParams) {
 
 /// The output rows as f32, after a look at the canaries and at the rows of padding.
 fn run(gpu: &Gpu, case: &Case, data: &Data) -> Vec<f32> {
+    run_planned(gpu, case, data, |params, info| {
+        plan_with_cluster(params, case.cluster, info)
+    })
+}
+
+/// The same by the kernel of a plan.
+fn run_planned(
+    gpu: &Gpu,
+    case: &Case,
+    data: &Data,
+    plan: impl Fn(&GroupedGemmParams, &DeviceInfo) -> Result<Launch, Error>,
+) -> Vec<f32> {
     let (device, params) = upload(gpu, case, data);
     let info = DeviceInfo {
         sm_count: case.sms,
         ..*gpu.cuda.device_info()
     };
-    let launch = plan_with_cluster(&params, case.cluster, &info).unwrap();
-    gpu.launch(&launch);
+    gpu.launch(&plan(&params, &info).unwrap());
     let bytes = gpu.download(&device.out);
     drop((device.buffers, device.floats, device.ints, device.pairs));
     let edge = CANARY * case.out.size();
@@ -323,6 +335,19 @@ fn dot(a: &[f32], w: &[f32]) -> (f64, f64) {
 
 /// Fails unless every value is within the rounding errors of f32 sums, the activation's and the output's.
 fn check(case: &Case, data: &Data, found: &[f32]) {
+    visit_expected(case, data, |at, expected, bound| {
+        let v = f64::from(found[at]);
+        assert!(
+            (v - expected).abs() <= bound,
+            "row {} column {}: {v:e}, expected {expected:e} ± {bound:e}",
+            at / case.n,
+            at % case.n
+        );
+    });
+}
+
+/// Every element that is written: its place, its value in f64, and how far from it a kernel's may be.
+fn visit_expected(case: &Case, data: &Data, mut visit: impl FnMut(usize, f64, f64)) {
     let (n, k) = (case.n, case.k);
     let spec = case.activation.map(MlpSpec::from);
     // One rounding for each product of 16 and each addition in it at most, and the tensor cores may cut instead of rounding: twice the unit.
@@ -379,12 +404,8 @@ fn check(case: &Case, data: &Data, found: &[f32]) {
                         }
                     }
                 };
-                let v = f64::from(found[r * n + c]);
                 let bound = error + ulp * expected.abs() + 2f64.powi(-25);
-                assert!(
-                    (v - expected).abs() <= bound,
-                    "expert {e} row {r} column {c}: {v:e}, expected {expected:e} ± {bound:e}"
-                );
+                visit(r * n + c, expected, bound);
             }
         }
     }
@@ -402,6 +423,54 @@ fn one_tile() {
     let Some(gpu) = hopper() else { return };
     run_and_check(&gpu, &Case::plain(&[TILE_ROWS], TILE_COLUMNS, TILE_K));
     run_and_check(&gpu, &Case::gated(&[TILE_ROWS], TILE_COLUMNS / 2, TILE_K));
+}
+
+/// The same data through Hopper's kernels and through those of Ampere, on one device.
+///
+/// Products of 16-bit numbers are exact in f32, so both kernels compute Σ a·w with one error for each of the K additions and none else, in their own order: each is within
+/// γ(K + 2)·Σ|a·w| of the exact sum, with 2⁻²³ for the unit, since tensor cores may cut. That error goes through bias, activation and rounding, which are the same operations on both
+/// sides, as `visit_expected` bounds it: so the two are at most twice the bound apart. f32 output shows the sums themselves.
+#[test]
+fn hopper_and_ampere_agree() {
+    let Some(gpu) = hopper() else { return };
+    for dtype in [DType::BF16, DType::F16] {
+        for out in [DType::F32, dtype] {
+            for (slots, activation, k) in [
+                (0, None, TILE_K),
+                (2, Some(Activation::SWIGLU), 5 * TILE_K + 24),
+                (3, Some(Activation::GPT_OSS), 3 * TILE_K),
+            ] {
+                let case = Case {
+                    dtype,
+                    out,
+                    activation,
+                    slots,
+                    block: 4,
+                    bias: slots > 0,
+                    scale: slots == 3,
+                    interleaved: slots == 2,
+                    ..Case::plain(&[TILE_ROWS + 1, 0, 17, 1], TILE_COLUMNS / 2 + 8, k)
+                };
+                let data = Data::new(&case);
+                let hopper = run(&gpu, &case, &data);
+                let ampere = run_planned(&gpu, &case, &data, plan_grouped_gemm_sm80);
+                let what = format!("{dtype} to {out}, {slots} slots, K = {k}");
+                let mut elements = 0;
+                visit_expected(&case, &data, |at, _, bound| {
+                    let apart = (f64::from(hopper[at]) - f64::from(ampere[at])).abs();
+                    assert!(
+                        apart <= 2.0 * bound,
+                        "{what}: element {at} is {:e} on Hopper, {:e} on Ampere, {bound:e} twice allowed",
+                        hopper[at],
+                        ampere[at]
+                    );
+                    elements += 1;
+                });
+                assert_eq!(elements, case.counts.iter().sum::<usize>() * case.n);
+                check(&case, &data, &ampere);
+            }
+        }
+    }
 }
 
 /// One below, at and one above a tile's rows, an empty expert, one row; columns and k with tails; every block with several tiles.

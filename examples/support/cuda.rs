@@ -1,17 +1,16 @@
 //! Runs a case through the crate's GPU layer.
 
 use super::backend::Unrun;
-use super::case::{Case, Layer, Norm, Task};
+use super::case::{Case, Latent, Layer, Task};
 use super::device::{Gpu, Matrix, Routed, Vector};
-use super::file::Tensor;
-use super::mlp::{Combine, Mlp, Shared};
+use super::mlp::{Combine, Shared};
+use super::operands::Operands;
 use super::out::Output;
-use super::router::{Gate, Logits};
+use super::router::{Gate, InputNorm, Logits};
 use super::run;
-use super::tensors::dtype;
 use moe_kernels::cuda::moe::{
-    CudaMoeLayer, ExpertViews, GateViews, MoeOperands, NormView, RouteSource, SharedExpert,
-    SharedJoin, SharedViews, UpViews,
+    self, CudaMoeLayer, GateViews, LatentViews, MoeOperands, RouteSource, SharedExpert, SharedJoin,
+    SharedViews,
 };
 use moe_kernels::routing::{GivenRouting, RouteInput, Router, Routing};
 use moe_kernels::{Cpu, DType, MatMut, MatRef};
@@ -32,7 +31,7 @@ fn not_here(why: moe_kernels::Error) -> Unrun {
 
 impl Machine {
     /// The format of x and h.
-    fn activations(&self) -> DType {
+    pub fn activations(&self) -> DType {
         self.dtype.unwrap_or(DType::F32)
     }
 
@@ -70,202 +69,58 @@ pub fn run(machine: &Machine, case: &Case) -> Ran<Vec<Output>> {
 /// The layer that a case describes. What it cannot have is refused, naming the field.
 fn describe(case: &Layer, dtype: DType) -> Ran<CudaMoeLayer> {
     let (config, mlp) = (case.gate.config.clone(), &case.experts);
-    let lacking = [
-        ("latent", case.latent.is_some()),
-        ("post_norm", case.post_norm.is_some()),
-        (
-            "gate.input_norm",
-            matches!(
-                case.gate.logits,
-                Logits::Linear {
-                    input_norm: Some(_),
-                    ..
-                }
-            ),
-        ),
-    ];
-    if let Some((field, _)) = lacking.iter().find(|(_, has)| *has) {
-        return Err(Unrun::NotOnBackend(format!(
-            "{field}: runs on the CPU only"
-        )));
-    }
     let mut layer = CudaMoeLayer::new(config, case.hidden, mlp.inner, mlp.activation, dtype)
         .map_err(not_here)?;
     if case.weight_on_input {
-        layer = layer.with_weight_on_input().map_err(not_here)?;
+        layer = layer.with_weight_on_input();
+    }
+    if input_norm(&case.gate).is_some() {
+        layer = layer.with_gate_norm();
+    }
+    if let Some(Latent { width, in_norm, .. }) = &case.latent {
+        let (width, norm) = (*width, in_norm.is_some());
+        let latent = moe::Latent { width, norm };
+        layer = layer.with_latent(latent).map_err(not_here)?;
+    }
+    if case.post_norm.is_some() {
+        layer = layer.with_post_norm(moe::PostNorm::ScaleFirst);
     }
     layer = layer.with_routed_scale(case.routed_out_scale)?;
     if let Some(shared) = &case.shared {
         layer = layer
-            .with_shared(describe_shared(shared)?)
+            .with_shared(describe_shared(shared))
             .map_err(not_here)?;
     }
     Ok(layer)
 }
 
-fn describe_shared(shared: &Shared) -> Ran<SharedExpert> {
-    Ok(SharedExpert {
-        intermediate: shared.mlp.inner,
+fn describe_shared(shared: &Shared) -> SharedExpert {
+    let parts = parts(shared);
+    SharedExpert {
+        count: parts,
+        intermediate: shared.mlp.inner / parts,
         activation: shared.mlp.activation,
         join: match shared.combine {
             Combine::Add => SharedJoin::Add,
             Combine::SigmoidGate => SharedJoin::SigmoidGate,
             Combine::Average => SharedJoin::Average,
-            Combine::RouterWeighted => {
-                let why = "shared.combine: router_weighted runs on the CPU only";
-                return Err(Unrun::NotOnBackend(why.into()));
-            }
+            Combine::RouterWeighted => SharedJoin::RouterWeighted,
         },
-    })
-}
-
-/// The tensors of a case in device memory.
-struct Operands {
-    x: Matrix,
-    /// x as it is in the file.
-    exact_x: Matrix,
-    gate: Option<Matrix>,
-    gate_bias: Option<Vector<f32>>,
-    given_logits: Option<Matrix>,
-    correction_bias: Option<Vector<f32>>,
-    per_expert_scale: Option<Vector<f32>>,
-    given_ids: Option<Vector<i32>>,
-    experts: Experts,
-    shared: Option<(Experts, Option<Matrix>)>,
-    out_norm: Option<NormOperand>,
-    out_bias: Option<Vector<f32>>,
-}
-
-impl Operands {
-    fn upload(machine: &Machine, case: &Layer) -> Ran<Self> {
-        let (gpu, gate) = (&machine.gpu, &case.gate);
-        let (tokens, hidden, columns) = (case.tokens, case.hidden, gate.config.num_logits());
-        let floats = |v: &Option<Vec<f32>>| v.as_ref().map(|v| Vector::new(gpu, v)).transpose();
-        let x = |dtype| Matrix::new(gpu, dtype, &case.x, tokens, hidden);
-        let (w, bias, given) = match &gate.logits {
-            Logits::Linear { w, .. } => (Some(w), floats(&gate.bias)?, None),
-            Logits::Given(z) => (None, None, Some(run::biased(z, gate.bias.as_deref()))),
-            Logits::None => (None, None, None),
-        };
-        Ok(Self {
-            x: x(machine.activations())?,
-            exact_x: x(DType::F32)?,
-            gate: w
-                .map(|w| tensor(gpu, w, weights_dtype(w), columns, hidden))
-                .transpose()?,
-            gate_bias: bias,
-            given_logits: given
-                .map(|z| Matrix::new(gpu, DType::F32, &z, tokens, columns))
-                .transpose()?,
-            correction_bias: floats(&gate.correction_bias)?,
-            per_expert_scale: floats(&gate.per_expert_scale)?,
-            given_ids: gate
-                .given_ids
-                .as_ref()
-                .map(|ids| Vector::new(gpu, ids))
-                .transpose()?,
-            experts: Experts::upload(machine, &case.experts)?,
-            shared: match &case.shared {
-                Some(shared) => Some((
-                    Experts::upload(machine, &shared.mlp)?,
-                    shared
-                        .gate_w
-                        .as_ref()
-                        .map(|w| Matrix::new(gpu, DType::F32, w, 1, hidden))
-                        .transpose()?,
-                )),
-                None => None,
-            },
-            out_norm: NormOperand::upload(gpu, case.out_norm.as_ref())?,
-            out_bias: floats(&case.out_bias)?,
-        })
     }
 }
 
-/// A norm's factor in device memory, and its number.
-struct NormOperand {
-    w: Vector<f32>,
-    eps: f32,
-}
-
-impl NormOperand {
-    fn upload(gpu: &Gpu, norm: Option<&Norm>) -> Ran<Option<Self>> {
-        let Some(Norm { eps, w }) = norm else {
-            return Ok(None);
-        };
-        let (w, eps) = (Vector::new(gpu, w)?, *eps);
-        Ok(Some(Self { w, eps }))
-    }
-
-    fn view<'a>(&'a self, gpu: &'a Gpu) -> NormView<'a> {
-        NormView {
-            weight: self.w.view(&gpu.stream),
-            eps: self.eps,
-            multiplier: 1.0,
-        }
+/// The file has shared experts side by side as one; those with weights of their own are taken apart.
+pub fn parts(shared: &Shared) -> usize {
+    match shared.combine {
+        Combine::RouterWeighted => shared.count.max(1),
+        _ => 1,
     }
 }
 
-/// The format that a weight tensor has in the file.
-fn weights_dtype(tensor: &Tensor) -> DType {
-    dtype(tensor).unwrap_or(DType::F32)
-}
-
-fn tensor(gpu: &Gpu, tensor: &Tensor, dtype: DType, rows: usize, cols: usize) -> Ran<Matrix> {
-    let values = tensor.f32s("weights").map_err(|why| why.to_string())?;
-    Ok(Matrix::new(gpu, dtype, &values, rows, cols)?)
-}
-
-/// The weights of `count` MLPs, laid out as in the file: gate and up are tensors of their own.
-struct Experts {
-    gate: Option<Matrix>,
-    up: Matrix,
-    down: Matrix,
-    /// `[E, 2I]`: the gate's bias, then the up projection's; `[E, I]` without a gate.
-    up_bias: Option<Matrix>,
-    down_bias: Option<Matrix>,
-}
-
-impl Experts {
-    fn upload(machine: &Machine, mlp: &Mlp) -> Ran<Self> {
-        let gpu = &machine.gpu;
-        let (count, inner, outer) = (mlp.count, mlp.inner, mlp.outer);
-        let dtype = machine.dtype.unwrap_or(mlp.dtype());
-        let up = |w| tensor(gpu, w, dtype, count * inner, outer);
-        let bias = |b: Vec<f32>, width| Matrix::new(gpu, DType::F32, &b, count, width);
-        let up_bias = match (&mlp.gate_bias, &mlp.up_bias) {
-            (Some(gate), Some(up)) => {
-                let experts = gate.chunks(inner.max(1)).zip(up.chunks(inner.max(1)));
-                let both = experts.flat_map(|(g, u)| [g, u].concat()).collect();
-                Some(bias(both, 2 * inner)?)
-            }
-            (None, Some(up)) => Some(bias(up.clone(), inner)?),
-            _ => None,
-        };
-        Ok(Self {
-            gate: mlp.gate.as_ref().map(up).transpose()?,
-            up: up(&mlp.up)?,
-            down: tensor(gpu, &mlp.down, dtype, count * outer, inner)?,
-            up_bias,
-            down_bias: mlp
-                .down_bias
-                .as_ref()
-                .map(|b| bias(b.clone(), outer))
-                .transpose()?,
-        })
-    }
-
-    fn views<'a>(&'a self, gpu: &'a Gpu) -> Ran<ExpertViews<'a>> {
-        let view = |m: &'a Matrix| m.view(&gpu.stream);
-        let up = match &self.gate {
-            Some(gate) => UpViews::Separate(view(gate)?, view(&self.up)?),
-            None => UpViews::Plain(view(&self.up)?),
-        };
-        Ok(ExpertViews {
-            up_bias: self.up_bias.as_ref().map(view).transpose()?,
-            down_bias: self.down_bias.as_ref().map(view).transpose()?,
-            ..ExpertViews::new(up, view(&self.down)?)
-        })
+pub fn input_norm(gate: &Gate) -> Option<&InputNorm> {
+    match &gate.logits {
+        Logits::Linear { input_norm, .. } => input_norm.as_ref(),
+        _ => None,
     }
 }
 
@@ -388,6 +243,17 @@ impl Run<'_> {
                 gate: gate.as_ref().map(|w| w.view(stream)).transpose()?,
             });
         }
+        if matches!(source, Source::Gate) {
+            operands.gate_norm = o.gate_norm.as_ref().map(|norm| norm.view(gpu));
+        }
+        if let Some((w_in, norm, w_out)) = &o.latent {
+            operands.latent = Some(LatentViews {
+                w_in: w_in.view(stream)?,
+                w_out: w_out.view(stream)?,
+                norm: norm.as_ref().map(|norm| norm.view(gpu)),
+            });
+        }
+        operands.post_norm = o.post_norm.as_ref().map(|norm| norm.view(gpu));
         operands.out_norm = o.out_norm.as_ref().map(|norm| norm.view(gpu));
         operands.out_bias = o.out_bias.as_ref().map(|v| v.view(stream));
         Ok(operands)

@@ -11,6 +11,8 @@ pub mod device;
 pub mod fields;
 pub mod file;
 pub mod mlp;
+#[cfg(feature = "cuda")]
+pub mod operands;
 pub mod oracle;
 pub mod out;
 pub mod router;

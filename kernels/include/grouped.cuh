@@ -13,9 +13,11 @@ namespace grouped {
 
 // `flags` of the parameters.
 enum Flags : uint32_t {
-    WeightTables = 1,  // gate, up: arrays [E] of addresses, one matrix each; the expert strides are not used
-    BiasTables = 2,    // gate_bias, up_bias: arrays [E] of addresses
+    WeightTables = 1,  // gate, up: arrays [E] of addresses; an expert's matrix begins expert_stride elements behind its address
+    BiasTables = 2,    // gate_bias, up_bias: the same for biases
     AlignedOut = 4,    // out and its row stride are multiples of 16 bytes
+    AlignedTables = 8,  // the addresses in tables of weights are multiples of 16: for the plan's choice of a kernel alone
+    WidenedWeights = 16,  // exact products: bf16 weights count as f32, in the order of f32's chain
 };
 
 // Mirrored in src/cuda/grouped_gemm/params.rs. Strides are in elements. A plain product has `up` only. `rows` (of the output) and `a_rows` bound what is
@@ -155,12 +157,18 @@ MOE_DEVICE float scale_of_row(const GroupedGemmParams& p, uint32_t r) {
     return pair / p.slots < p.a_rows ? __ldg(p.input_scale + pair) : 1.0f;
 }
 
+// Looks up an expert's address in a table. `expert` becomes 1: the expert stride is then the distance from that address, so that one table serves
+// both halves of fused matrices.
+MOE_DEVICE const void* from_table(const void* table, uint32_t& expert) {
+    const unsigned long long address = __ldg(static_cast<const unsigned long long*>(table) + expert);
+    expert = 1;
+    return reinterpret_cast<const void*>(address);
+}
+
 // The first byte of an expert's matrix.
 MOE_DEVICE const unsigned char* matrix_of(const GroupedGemmParams& p, bool gate, uint32_t expert, uint32_t element_bytes) {
-    const void* const base = gate ? p.gate : p.up;
-    if (p.flags & WeightTables) {
-        return reinterpret_cast<const unsigned char*>(__ldg(static_cast<const unsigned long long*>(base) + expert));
-    }
+    const void* base = gate ? p.gate : p.up;
+    if (p.flags & WeightTables) base = from_table(base, expert);
     const int64_t stride = gate ? p.gate_expert_stride : p.up_expert_stride;
     return static_cast<const unsigned char*>(base) + static_cast<int64_t>(expert) * stride * element_bytes;
 }
@@ -168,13 +176,9 @@ MOE_DEVICE const unsigned char* matrix_of(const GroupedGemmParams& p, bool gate,
 // The bias of one column, where there is one.
 MOE_DEVICE float bias_of(const GroupedGemmParams& p, bool gate, uint32_t expert, uint32_t column) {
     const void* base = gate ? p.gate_bias : p.up_bias;
-    int64_t at = static_cast<int64_t>(column) * (gate ? p.gate_bias_stride : p.up_bias_stride);
-    if (p.flags & BiasTables) {
-        base = reinterpret_cast<const void*>(__ldg(static_cast<const unsigned long long*>(base) + expert));
-    } else {
-        at += static_cast<int64_t>(expert) * (gate ? p.gate_bias_expert_stride : p.up_bias_expert_stride);
-    }
-    return epilogue::load_element(base, p.bias_dtype, at);
+    if (p.flags & BiasTables) base = from_table(base, expert);
+    const int64_t first = static_cast<int64_t>(expert) * (gate ? p.gate_bias_expert_stride : p.up_bias_expert_stride);
+    return epilogue::load_element(base, p.bias_dtype, first + static_cast<int64_t>(column) * (gate ? p.gate_bias_stride : p.up_bias_stride));
 }
 
 // v[i] += bias of column + i, for the columns below N; nothing where there is no bias, so that −0 stays −0.

@@ -19,57 +19,18 @@
 //! # Ok::<(), moe_kernels::Error>(())
 //! ```
 
-use super::permute::check_pointer;
+mod params;
+
 use super::plan::{DeviceInfo, DevicePtr, Launch, Module};
 use crate::element::DType;
-use crate::error::{Error, Result, checked_mul};
-use bytemuck::{Pod, Zeroable};
+use crate::error::{Error, Result};
+use bytemuck::Zeroable;
+use params::{Builder, CombineParams};
 
 /// Threads of a block (`THREADS` there).
 const THREADS: u32 = 256;
 /// The most blocks along y.
 const MAX_GRID_Y: u32 = 65535;
-
-/// `CombineParams` of `kernels/combine.cu`.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
-#[repr(C)]
-struct CombineParams {
-    ys: DevicePtr,
-    weights: DevicePtr,
-    row_of_pair: DevicePtr,
-    ids: DevicePtr,
-    x: DevicePtr,
-    shared: DevicePtr,
-    gate: DevicePtr,
-    norm: DevicePtr,
-    bias: DevicePtr,
-    residual: DevicePtr,
-    out: DevicePtr,
-    ys_stride: u64,
-    x_stride: u64,
-    shared_stride: u64,
-    residual_stride: u64,
-    out_stride: u64,
-    tokens: u64,
-    hidden: u64,
-    rows: u32,
-    slots: u32,
-    experts: u32,
-    threads: u32,
-    tiles: u32,
-    sum: u32,
-    ys_format: u32,
-    x_format: u32,
-    shared_format: u32,
-    residual_format: u32,
-    out_format: u32,
-    shared_mode: u32,
-    scale: f32,
-    eps: f32,
-    mul: f32,
-    unused: u32,
-}
-const _: () = assert!(size_of::<CombineParams>() == 208);
 
 /// A matrix in device memory whose rows are contiguous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +89,35 @@ pub enum Shared {
     Average(DeviceRows),
 }
 
+/// Several shared experts in place of one: `S(x) = Σ_j γ_j · S_j(x)`, each operation rounded, in the experts' order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedSum {
+    /// How many; the rows of the first are those that [`Shared`] names.
+    pub experts: usize,
+    /// Elements from one expert's first row to the next one's.
+    pub expert_stride: usize,
+    /// γ `[T, experts]` f32; [`DevicePtr::NULL`] counts as all ones.
+    pub weights: DevicePtr,
+}
+
+/// Identity experts that do not have their place in the sum over slots, because weights have acted on the experts' inputs, or because the sum is given: a sum of
+/// their own, `scale · Σ_slot weight · x` over the slots whose id is E or more, comes to the routed one once that has its scale.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct IdentityApart {
+    /// `[T, slots]` i32
+    pub ids: DevicePtr,
+    /// `[T, slots]` f32
+    pub weights: DevicePtr,
+    /// Pairs of a token; those of [`Routed::Pairs`].
+    pub slots: usize,
+    /// E
+    pub num_experts: usize,
+    /// The layer's input `[T, H]`.
+    pub x: DeviceRows,
+    /// A factor on their sum.
+    pub scale: f32,
+}
+
 /// RMS norm of the whole row; see [`RmsNorm`](crate::norm::RmsNorm).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
@@ -137,6 +127,21 @@ pub struct Norm {
     pub eps: f32,
     /// One more factor on every column.
     pub multiplier: f32,
+}
+
+impl Norm {
+    /// The numbers make sense.
+    pub(super) fn check(&self) -> Result<()> {
+        if !(self.eps.is_finite() && self.eps >= 0.0) {
+            let expected = "a finite number of at least 0";
+            return Err(Error::value("eps", expected, self.eps));
+        }
+        if !self.multiplier.is_finite() {
+            let expected = "a finite number";
+            return Err(Error::value("multiplier", expected, self.multiplier));
+        }
+        Ok(())
+    }
 }
 
 /// The operands of a combine, in the order of the steps of [`crate::combine`].
@@ -150,8 +155,12 @@ pub struct CombineOperands {
     pub routed: Routed,
     /// Step 2; 1 changes nothing.
     pub routed_scale: f32,
+    /// After step 2; not together with [`Routed::Pairs`]' own.
+    pub identity_apart: Option<IdentityApart>,
     /// Step 3.
     pub shared: Option<Shared>,
+    /// Several shared experts; only with [`shared`](Self::shared).
+    pub shared_sum: Option<SharedSum>,
     /// Step 4.
     pub norm: Option<Norm>,
     /// Step 5, `[H]` f32 or [`DevicePtr::NULL`].
@@ -170,7 +179,9 @@ impl CombineOperands {
             hidden,
             routed,
             routed_scale: 1.0,
+            identity_apart: None,
             shared: None,
+            shared_sum: None,
             norm: None,
             bias: DevicePtr::NULL,
             residual: None,
@@ -179,165 +190,8 @@ impl CombineOperands {
     }
 }
 
-/// Collects the parameters, and whether everything lies at multiples of 16 bytes.
-struct Builder {
-    params: CombineParams,
-    tokens: usize,
-    hidden: usize,
-    aligned: bool,
-}
-
-impl Builder {
-    /// Address, row stride in bytes and format of a matrix of `rows` rows.
-    fn matrix(
-        &mut self,
-        name: &'static str,
-        m: DeviceRows,
-        rows: usize,
-    ) -> Result<(DevicePtr, u64, u32)> {
-        if rows > 1 && m.stride < self.hidden {
-            return Err(Error::value(
-                name,
-                format_args!("a row stride of at least {}", self.hidden),
-                m.stride,
-            ));
-        }
-        let size = m.dtype.size();
-        let stride = checked_mul(m.stride, size, "row stride in bytes")? as u64;
-        checked_mul(stride as usize, rows, "matrix in bytes")?;
-        check_pointer(name, m.ptr, size as u64, rows.min(self.hidden))?;
-        self.aligned &= (m.ptr.0 | stride).is_multiple_of(16);
-        Ok((m.ptr, stride, format(m.dtype)))
-    }
-
-    /// A row of H numbers.
-    fn row(&mut self, name: &'static str, ptr: DevicePtr) -> Result<DevicePtr> {
-        check_pointer(name, ptr, 4, self.hidden)?;
-        self.aligned &= ptr.is_aligned(16);
-        Ok(ptr)
-    }
-
-    fn routed(&mut self, routed: &Routed) -> Result<()> {
-        let tokens = self.tokens;
-        let (ys, rows, slots, weights, row_of_pair, identity) = match *routed {
-            Routed::Sum(sum) => {
-                let p = self.matrix("routed sum", sum, tokens)?;
-                (self.params.ys, self.params.ys_stride, self.params.ys_format) = p;
-                self.params.sum = 1;
-                return Ok(());
-            }
-            Routed::Pairs {
-                ys,
-                rows,
-                slots,
-                weights,
-                row_of_pair,
-                identity,
-            } => (ys, rows, slots, weights, row_of_pair, identity),
-        };
-        let pairs = crate::shape::pairs(tokens, slots)?;
-        if rows > i32::MAX as usize {
-            return Err(Error::Overflow {
-                what: "rows as i32",
-            });
-        }
-        let p = self.matrix("ys", ys, rows)?;
-        (self.params.ys, self.params.ys_stride, self.params.ys_format) = p;
-        check_pointer("weights", weights, 4, 0)?;
-        check_pointer("row_of_pair", row_of_pair, 4, pairs)?;
-        self.params.weights = weights;
-        self.params.row_of_pair = row_of_pair;
-        self.params.rows = rows as u32;
-        // Without tokens the number of slots may be anything, and is not used.
-        self.params.slots = slots.min(u32::MAX as usize) as u32;
-        let Some(identity) = identity else {
-            return Ok(());
-        };
-        if weights.is_null() {
-            return Err(Error::value(
-                "weights",
-                "some, with identity experts",
-                "none",
-            ));
-        }
-        if identity.num_experts > i32::MAX as usize {
-            return Err(Error::value(
-                "num_experts",
-                "up to 2^31 - 1, since ids are i32",
-                identity.num_experts,
-            ));
-        }
-        check_pointer("ids", identity.ids, 4, pairs)?;
-        self.params.ids = identity.ids;
-        self.params.experts = identity.num_experts as u32;
-        let p = self.matrix("x", identity.x, tokens)?;
-        (self.params.x, self.params.x_stride, self.params.x_format) = p;
-        Ok(())
-    }
-
-    fn shared(&mut self, shared: Option<Shared>) -> Result<()> {
-        let (mode, matrix) = match shared {
-            None => return Ok(()),
-            Some(Shared::Add(m)) => (1, m),
-            Some(Shared::SigmoidGate(m, gate)) => {
-                check_pointer("shared gate", gate, 4, self.tokens)?;
-                self.params.gate = gate;
-                (2, m)
-            }
-            Some(Shared::Average(m)) => (3, m),
-        };
-        let (ptr, stride, format) = self.matrix("shared", matrix, self.tokens)?;
-        self.params.shared = ptr;
-        self.params.shared_stride = stride;
-        self.params.shared_format = format;
-        self.params.shared_mode = mode;
-        Ok(())
-    }
-
-    fn rest(&mut self, operands: &CombineOperands) -> Result<()> {
-        let scale = operands.routed_scale;
-        if !scale.is_finite() {
-            return Err(Error::value("routed_scale", "a finite number", scale));
-        }
-        self.params.scale = scale;
-        if let Some(norm) = operands.norm {
-            if !(norm.eps.is_finite() && norm.eps >= 0.0) {
-                return Err(Error::value(
-                    "eps",
-                    "a finite number of at least 0",
-                    norm.eps,
-                ));
-            }
-            if !norm.multiplier.is_finite() {
-                return Err(Error::value(
-                    "multiplier",
-                    "a finite number",
-                    norm.multiplier,
-                ));
-            }
-            self.params.norm = self.row("norm", norm.weight)?;
-            self.params.eps = norm.eps;
-            self.params.mul = norm.multiplier;
-        }
-        if !operands.bias.is_null() {
-            self.params.bias = self.row("bias", operands.bias)?;
-        }
-        if let Some(residual) = operands.residual {
-            let (ptr, stride, format) = self.matrix("residual", residual, self.tokens)?;
-            self.params.residual = ptr;
-            self.params.residual_stride = stride;
-            self.params.residual_format = format;
-        }
-        let (ptr, stride, format) = self.matrix("out", operands.out, self.tokens)?;
-        self.params.out = ptr;
-        self.params.out_stride = stride;
-        self.params.out_format = format;
-        Ok(())
-    }
-}
-
 /// `Format` of the kernels.
-fn format(dtype: DType) -> u32 {
+pub(super) fn format(dtype: DType) -> u32 {
     match dtype {
         DType::F32 => 0,
         DType::F16 => 1,
@@ -351,6 +205,7 @@ fn kernel(operands: &CombineOperands, aligned: bool) -> (&'static str, u32) {
         Routed::Pairs { ys, identity, .. } => (ys.dtype, identity.is_some()),
         Routed::Sum(sum) => (sum.dtype, false),
     };
+    let identity = identity || operands.identity_apart.is_some();
     let fits = |columns: usize| aligned && operands.hidden.is_multiple_of(columns);
     if operands.norm.is_some() {
         return match fits(4) {
@@ -396,7 +251,7 @@ fn threads_of_tile(tokens: usize, vectors: usize, device: &DeviceInfo) -> u32 {
 ///
 /// # Errors
 /// [`Error::Value`] for an operand that is absent though it has elements or is not at a multiple of its element's size, a stride below H, a scale, eps or multiplier
-/// that is not finite; [`Error::Overflow`] when rows or bytes do not fit.
+/// that is not finite, several shared experts without one, identity experts twice or with another number of slots; [`Error::Overflow`] when rows or bytes do not fit.
 pub fn plan_combine(operands: &CombineOperands, device: &DeviceInfo) -> Result<Launch> {
     let mut b = Builder {
         params: CombineParams::zeroed(),
@@ -405,7 +260,9 @@ pub fn plan_combine(operands: &CombineOperands, device: &DeviceInfo) -> Result<L
         aligned: true,
     };
     b.routed(&operands.routed)?;
+    b.identity_apart(operands)?;
     b.shared(operands.shared)?;
+    b.shared_sum(operands)?;
     b.rest(operands)?;
     let (kernel, columns) = kernel(operands, b.aligned);
     let mut params = b.params;

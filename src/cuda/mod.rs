@@ -4,10 +4,10 @@
 //!
 //! Three ways in, from the barest:
 //!
-//! * plain data: [`ptx`] texts and pure `plan_*` functions that give [`Launch`]es ([`plan`], [`routing`], [`permute`], [`grouped_gemm`], [`combine`],
+//! * plain data: [`ptx`] texts and pure `plan_*` functions that give [`Launch`]es ([`plan`], [`routing`], [`permute`], [`grouped_gemm`], [`norm`], [`combine`],
 //!   [`moe::CudaMoeLayer::plan`]); no type of cudarc;
 //! * [`raw`]: unsafe functions on a stream and addresses, in the context that is current;
-//! * [`Cuda`] with [views](memory) of cudarc's slices: [stages] and the whole layer ([`moe`]).
+//! * [`Cuda`] with [views](memory) of cudarc's slices: [stages], the [grouped product](grouped_gemm) and the whole layer ([`moe`]).
 //!
 //! No call allocates, waits for the device or copies anything back.
 
@@ -17,12 +17,14 @@ mod launch;
 pub mod memory;
 mod module;
 pub mod moe;
+pub mod norm;
 pub mod permute;
 pub mod plan;
 mod ptx;
 pub mod raw;
 pub mod routing;
 pub mod stages;
+pub mod table;
 mod workspace;
 
 pub use launch::RawStream;
@@ -31,6 +33,7 @@ pub use plan::{ComputeCapability, DeviceInfo, DevicePtr, Launch, Module, Swizzle
 pub use ptx::ptx;
 pub use raw::launch_raw;
 pub use stages::{CombineViews, JoinViews, PermuteViews, RouteViews, RoutedViews};
+pub use table::{DeviceTable, TensorTable, WeightViews};
 
 use crate::error::{Error, Result};
 use cudarc::driver::CudaContext;

@@ -1,10 +1,10 @@
 //! The whole layer on the GPU, in one call that only launches.
 //!
 //! ```text
-//! x[T,H] ──gate──▶ logits[T,R] ──route──▶ ids, weights[T,K] ──permute──▶ offsets, pair_of_row, row_of_pair
+//! x[T,H] ─(norm)─ gate ──▶ logits[T,R] ──route──▶ ids, weights[T,K] ──permute──▶ offsets, pair_of_row, row_of_pair
 //!   │
-//!   ├── rows gathered · W_gate_upᵀ, activation ──▶ h[TK,I] · W_downᵀ ──▶ ys[TK,H] ── Σ weight·ys ──▶ · scale ──▶ y[T,H]
-//!   └── shared expert ──────────────────────────────────────────────────────────────────────────▶ + ──▶ norm, bias, residual
+//!   ├─(latent in)─ rows gathered · W_gate_upᵀ, activation ──▶ h[TK,I] · W_downᵀ ──▶ ys[TK,H] ─(post norm)─ Σ weight·ys · scale ─(latent out)─▶ y[T,H]
+//!   └── shared experts ──────────────────────────────────────────────────────────────────────────────────▶ + ──▶ norm, bias, residual
 //! ```
 //!
 //! A [`CudaMoeLayer`] is plain data: what the layer does, not its weights, which stay where the framework has them ([`ExpertPointers`]) and are named in each call.
@@ -24,15 +24,22 @@
 //! sum in another order (see [`grouped_gemm`](super::grouped_gemm)).
 
 mod forward;
+mod latent;
 mod layout;
 mod plan;
 mod products;
+mod route;
+mod shared;
 mod views;
 mod weights;
 
 pub use forward::{MoeOperands, NormView, RouteSource};
+pub use latent::{Latent, LatentPointers, LatentViews};
 pub use layout::WorkspaceRouting;
-pub use plan::{MoePlan, MoePointers, RoutingPointers};
+pub use plan::{MoePlan, MoePointers};
+pub use route::RoutingPointers;
+pub use shared::{MAX_SHARED, SharedExpert, SharedJoin};
+pub(in crate::cuda) use views::UpNames;
 pub use views::{ExpertViews, GateViews, SharedViews, UpViews};
 pub use weights::{BiasPointers, ExpertPointers, GatePointers, SharedPointers, WeightPointers};
 
@@ -40,30 +47,17 @@ use super::grouped_gemm::Numerics;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::grouped_gemm::Activation;
-use crate::routing::{NullExperts, RouterConfig};
+use crate::routing::RouterConfig;
 use core::ops::Range;
 
-/// How the shared expert's output S(x) joins the routed sum.
+/// The order of [`CudaMoeLayer::with_post_norm`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum SharedJoin {
-    /// `y + S(x)`
-    Add,
-    /// `y + σ(x · g) · S(x)` with g `[1, H]` (Qwen2-MoE).
-    SigmoidGate,
-    /// `(y + S(x)) / 2` (Cohere 2 MoE)
-    Average,
-}
-
-/// The expert that every token visits. Several shared experts that only add up are one whose I is the sum of theirs.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SharedExpert {
-    /// I of the shared expert.
-    pub intermediate: usize,
-    /// Between its two products.
-    pub activation: Activation,
-    /// How its output joins.
-    pub join: SharedJoin,
+pub enum PostNorm {
+    /// `o / √(mean(o²) + eps) · weight · multiplier`
+    NormFirst,
+    /// `q / √(mean(q²) + eps) · multiplier` with `q = o · weight` (Muse Spark)
+    ScaleFirst,
 }
 
 /// What a layer on the GPU does. Plain data; see the [module](self).
@@ -90,6 +84,9 @@ pub struct CudaMoeLayer {
     ys_dtype: DType,
     local_experts: Range<usize>,
     weight_on_input: bool,
+    gate_norm: bool,
+    latent: Option<Latent>,
+    post_norm: Option<PostNorm>,
     routed_scale: f32,
     shared: Option<SharedExpert>,
     numerics: Numerics,
@@ -111,10 +108,6 @@ impl CudaMoeLayer {
     ) -> Result<Self> {
         super::routing::workspace_size(&router, 0)?;
         activation.validate()?;
-        if router.joint_shared > 0 {
-            let expected = "0: shared experts that the router weighs run on the CPU only";
-            return Err(Error::value("joint_shared", expected, router.joint_shared));
-        }
         for (argument, size) in [("hidden", hidden), ("intermediate", intermediate)] {
             check_size(argument, size)?;
         }
@@ -127,6 +120,9 @@ impl CudaMoeLayer {
             dtype,
             ys_dtype: DType::F32,
             weight_on_input: false,
+            gate_norm: false,
+            latent: None,
+            post_norm: None,
             routed_scale: 1.0,
             shared: None,
             numerics: Numerics::default(),
@@ -158,20 +154,38 @@ impl CudaMoeLayer {
         Ok(self)
     }
 
-    /// A pair's weight multiplies the expert's input instead of its output (Llama 4).
+    /// A pair's weight multiplies the expert's input instead of its output (Llama 4). Identity experts, whose weight has no input to act on, still return
+    /// weight · x.
+    pub fn with_weight_on_input(mut self) -> Self {
+        self.weight_on_input = true;
+        self
+    }
+
+    /// The gate's input is normalised, `x / √(mean(x²) + eps) · weight · multiplier` in f32 (Gemma 4); each call through the gate brings
+    /// [`gate_norm`](MoeOperands::gate_norm).
+    pub fn with_gate_norm(mut self) -> Self {
+        self.gate_norm = true;
+        self
+    }
+
+    /// The routed experts work in a narrower space: `z = norm(x · W_inᵀ)`, experts `L → I → L`, `y = (Σ w·ys · scale) · W_outᵀ` (Nemotron-H). Identity experts
+    /// return x itself. Each call brings [`latent`](MoeOperands::latent).
     ///
     /// # Errors
-    /// [`Error::Value`] when the router has identity experts, whose weight has no input to act on.
-    pub fn with_weight_on_input(mut self) -> Result<Self> {
-        if matches!(self.router.null_experts, NullExperts::Identity(_)) {
-            let expected = "a router without identity experts (on a GPU)";
-            return Err(Error::value("weight_on_input", expected, "some"));
-        }
-        self.weight_on_input = true;
+    /// [`Error::Value`] naming `latent.width` when it is zero or beyond 31 bits.
+    pub fn with_latent(mut self, latent: Latent) -> Result<Self> {
+        check_size("latent.width", latent.width)?;
+        self.latent = Some(latent);
         Ok(self)
     }
 
-    /// A factor on the routed sum, before the shared expert.
+    /// Each expert's output is normalised before its weight; each call brings [`post_norm`](MoeOperands::post_norm).
+    pub fn with_post_norm(mut self, order: PostNorm) -> Self {
+        self.post_norm = Some(order);
+        self
+    }
+
+    /// A factor on the routed sum, before shared experts.
     ///
     /// # Errors
     /// [`Error::Value`] when it is not finite.
@@ -183,13 +197,13 @@ impl CudaMoeLayer {
         Ok(self)
     }
 
-    /// Adds a shared expert.
+    /// Adds shared experts.
     ///
     /// # Errors
-    /// [`Error::Value`] for a zero size or a bad activation.
+    /// [`Error::Value`] for a zero size, a bad activation, a number of experts that is not 1 to [`MAX_SHARED`] or, with [`SharedJoin::RouterWeighted`], not the
+    /// router's.
     pub fn with_shared(mut self, shared: SharedExpert) -> Result<Self> {
-        shared.activation.validate()?;
-        check_size("shared.intermediate", shared.intermediate)?;
+        shared.check(&self.router)?;
         self.shared = Some(shared);
         Ok(self)
     }
@@ -231,7 +245,12 @@ impl CudaMoeLayer {
         self.local_experts.clone()
     }
 
-    /// The shared expert.
+    /// Columns of what the routed experts take and give: L of a latent layer, else H.
+    pub fn expert_hidden(&self) -> usize {
+        self.latent.map_or(self.hidden, |latent| latent.width)
+    }
+
+    /// The shared experts.
     pub fn shared(&self) -> Option<&SharedExpert> {
         self.shared.as_ref()
     }

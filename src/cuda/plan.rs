@@ -76,6 +76,8 @@ pub enum Module {
     Permute,
     /// The weighted sum.
     Combine,
+    /// RMS norms of rows.
+    Norm,
     /// Exact f32 products.
     GroupedGemmF32,
     /// Tensor-core products for everything from Ampere on.
@@ -88,10 +90,11 @@ pub enum Module {
 
 impl Module {
     /// Every module.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Routing,
         Self::Permute,
         Self::Combine,
+        Self::Norm,
         Self::GroupedGemmF32,
         Self::GroupedGemmSm80,
         Self::GroupedGemmDecode,
@@ -104,6 +107,7 @@ impl Module {
             Self::Routing => "routing",
             Self::Permute => "permute",
             Self::Combine => "combine",
+            Self::Norm => "norm",
             Self::GroupedGemmF32 => "grouped_gemm_f32",
             Self::GroupedGemmSm80 => "grouped_gemm_sm80",
             Self::GroupedGemmDecode => "grouped_gemm_decode",

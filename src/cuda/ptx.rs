@@ -56,6 +56,7 @@ pub fn ptx(module: Module, compute_capability: ComputeCapability) -> Result<&'st
         Module::Routing => text!("sm_80/routing"),
         Module::Permute => text!("sm_80/permute"),
         Module::Combine => text!("sm_80/combine"),
+        Module::Norm => text!("sm_80/norm"),
         Module::GroupedGemmF32 => text!("sm_80/grouped_gemm_f32"),
         Module::GroupedGemmSm80 => text!("sm_80/grouped_gemm_sm80"),
         Module::GroupedGemmDecode => text!("sm_80/grouped_gemm_decode"),

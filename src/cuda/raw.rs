@@ -22,9 +22,11 @@
 #![allow(unsafe_code)]
 
 use super::combine::{CombineOperands, plan_combine};
+use super::grouped_gemm::{GroupedGemm, plan_grouped_gemm};
 use super::launch::RawStream;
 use super::module::Kernels;
 use super::moe::{CudaMoeLayer, MoePointers};
+use super::norm::{NormRows, plan_norm_rows};
 use super::permute::{CopyRows, PermutePointers, plan_copy_rows, plan_permute};
 use super::routing::{RoutePointers, plan_route};
 use super::{Cuda, Launch};
@@ -161,6 +163,21 @@ pub unsafe fn copy_rows_raw(stream: RawStream, copy: &CopyRows) -> Result<()> {
     unsafe { kernels.queue(stream, core::iter::once(&launch)) }
 }
 
+/// The grouped product; see [`plan_grouped_gemm`].
+///
+/// # Safety
+/// As [`route_raw`], with the extents that [`GroupedGemm`] states; and every address in a [table](super::grouped_gemm::Placement::Table) is device memory of such a matrix, at
+/// the multiple that the table promises.
+///
+/// # Errors
+/// As [`plan_grouped_gemm`] and [`launch_raw`].
+pub unsafe fn grouped_gemm_raw(stream: RawStream, product: &GroupedGemm) -> Result<()> {
+    let kernels = Kernels::of_current_context()?;
+    let launch = plan_grouped_gemm(product, &kernels.info)?;
+    // SAFETY: as in `route_raw`.
+    unsafe { kernels.queue(stream, core::iter::once(&launch)) }
+}
+
 /// The weighted sum; see [`plan_combine`].
 ///
 /// # Safety
@@ -171,6 +188,20 @@ pub unsafe fn copy_rows_raw(stream: RawStream, copy: &CopyRows) -> Result<()> {
 pub unsafe fn combine_raw(stream: RawStream, operands: &CombineOperands) -> Result<()> {
     let kernels = Kernels::of_current_context()?;
     let launch = plan_combine(operands, &kernels.info)?;
+    // SAFETY: as in `route_raw`.
+    unsafe { kernels.queue(stream, core::iter::once(&launch)) }
+}
+
+/// RMS norms of rows; see [`plan_norm_rows`].
+///
+/// # Safety
+/// As [`route_raw`], with the extents of [`NormRows`].
+///
+/// # Errors
+/// As [`plan_norm_rows`] and [`launch_raw`].
+pub unsafe fn norm_rows_raw(stream: RawStream, rows: &NormRows) -> Result<()> {
+    let kernels = Kernels::of_current_context()?;
+    let launch = plan_norm_rows(rows)?;
     // SAFETY: as in `route_raw`.
     unsafe { kernels.queue(stream, core::iter::once(&launch)) }
 }

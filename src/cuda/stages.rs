@@ -204,12 +204,13 @@ impl Door<'_> {
 
     pub(super) fn norm(
         &self,
+        argument: &'static str,
         norm: &Option<super::moe::NormView<'_>>,
         hidden: usize,
     ) -> Result<Option<Norm>> {
         let Some(norm) = norm else { return Ok(None) };
         Ok(Some(Norm {
-            weight: self.vec("norm", &norm.weight, hidden)?,
+            weight: self.vec(argument, &norm.weight, hidden)?,
             eps: norm.eps,
             multiplier: norm.multiplier,
         }))
@@ -408,7 +409,7 @@ impl Cuda {
         let operands = CombineOperands {
             routed_scale: views.routed_scale,
             shared: door.join(&views.shared, tokens, hidden)?,
-            norm: door.norm(&views.norm, hidden)?,
+            norm: door.norm("norm", &views.norm, hidden)?,
             bias: door.optional("bias", &views.bias, hidden)?,
             residual: match &views.residual {
                 Some(residual) => Some(door.mat("residual", residual, tokens, hidden)?),

@@ -76,3 +76,17 @@ pub fn flushed(v: &[f32]) -> Vec<f32> {
         })
         .collect()
 }
+
+/// Numbers as a format keeps them.
+pub fn rounded(dtype: DType, v: &[f32]) -> Vec<f32> {
+    Stored::new(dtype, v).to_f32()
+}
+
+/// The bytes of numbers in a format.
+pub fn bytes(dtype: DType, v: &[f32]) -> Vec<u8> {
+    match Stored::new(dtype, v) {
+        Stored::F32(v) => bytemuck::cast_slice(&v).to_vec(),
+        Stored::F16(v) => bytemuck::cast_slice(&v).to_vec(),
+        Stored::BF16(v) => bytemuck::cast_slice(&v).to_vec(),
+    }
+}

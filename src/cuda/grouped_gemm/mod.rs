@@ -4,6 +4,30 @@
 //! out[r] = act( A[src(r)] · W[e]ᵀ + b[e] )     rows r of expert e: offsets[e] .. offsets[e] + counts[e];  src(r) = pair_of_row[r] / slots, or r
 //! ```
 //!
+//! Weights are one allocation or one for each expert, found through a table of addresses on the device ([`Placement`]). Three ways in: [`plan_grouped_gemm`],
+//! [`raw::grouped_gemm_raw`](super::raw::grouped_gemm_raw), and from cudarc's slices [`Cuda::grouped_gemm_into`](super::Cuda::grouped_gemm_into).
+//!
+//! ```
+//! use moe_kernels::cuda::combine::DeviceRows;
+//! use moe_kernels::cuda::grouped_gemm::{GroupPointers, GroupedGemm, Numerics, WeightPointers, plan_grouped_gemm};
+//! use moe_kernels::cuda::{DeviceInfo, DevicePtr};
+//! use moe_kernels::grouped_gemm::{Activation, ActivationFunction};
+//! use moe_kernels::DType;
+//! // The down projection of 128 experts, 768 to 2048, for 4096 sorted rows; each expert a tensor of its own. (Addresses of one's own.)
+//! let [h, table, ys, offsets, counts] = [1, 2, 3, 4, 5].map(|i| DevicePtr(i << 30));
+//! let rows = |ptr, stride| DeviceRows { ptr, stride, dtype: DType::BF16 };
+//! let product = GroupedGemm {
+//!     a: rows(h, 768), a_rows: 4096, gather: None,
+//!     groups: GroupPointers::Ragged { offsets, counts, experts: 128 },
+//!     gate: None, up: WeightPointers::table(table, DType::BF16, 768, 256), gate_bias: None, up_bias: None,
+//!     activation: Activation::plain(ActivationFunction::Identity),
+//!     out: rows(ys, 2048), rows: 4096, n: 2048, k: 768, numerics: Numerics::TensorCores, strict: false,
+//! };
+//! let launch = plan_grouped_gemm(&product, &DeviceInfo::H100)?;
+//! assert_eq!(launch.kernel, "moe_grouped_gemm_sm80_bf16_m32"); // 32 rows an expert on average
+//! # Ok::<(), moe_kernels::Error>(())
+//! ```
+//!
 //! Nothing is read by the host: each block finds its tiles from the counts on the device. Kernels bound what they touch by the number of rows and of A's rows,
 //! whatever offsets and pairs say.
 //!
@@ -13,149 +37,34 @@
 //! | class | when | sums |
 //! |---|---|---|
 //! | `decode` | at most [`DECODE_ROWS`] rows for each expert on average, and not strict | four partial sums, see `kernels/grouped_gemm_decode.cu` |
-//! | `sm90` | compute capability 9.0, layouts that TMA takes | one chain of wgmma in ascending k |
+//! | `sm90` | compute capability 9.0, layouts that TMA takes (no tables) | one chain of wgmma in ascending k |
 //! | `sm80` | everything else | one chain of mma.sync in ascending k |
 //!
 //! so that a strict product has one class on a given device for given weights. [`Numerics::Exact`], which is what f32 gets, has one class and the CPU's bits, on every
-//! device and for every format.
+//! device and for every format; [`Numerics::ExactWidened`] those of the CPU with the weights in f32.
 
 pub mod decode;
 pub mod f32;
+mod operands;
 pub mod params;
 pub mod sm80;
 pub mod sm90;
+mod stage;
+
+pub use operands::{
+    BiasPointers, GatherPointers, GroupPointers, GroupedGemm, Numerics, Placement, WeightPointers,
+};
+pub use stage::{GatherViews, GroupViews, GroupedGemmViews};
 
 use super::combine::DeviceRows;
 use super::permute::check_pointer;
 use super::plan::{DeviceInfo, DevicePtr, Launch};
 use crate::element::DType;
 use crate::error::{Error, Result, checked_mul};
-use crate::grouped_gemm::{Activation, ActivationFunction, Clamp};
 use params::{ActivationParams, Flags, GroupedGemmParams};
 
 /// The most rows for each expert on average with which the kernels for few rows are taken.
 pub const DECODE_ROWS: usize = 4;
-
-/// How products are summed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Numerics {
-    /// f16 and bf16 on tensor cores with f32 sums; f32 (and mixed formats) exactly.
-    #[default]
-    TensorCores,
-    /// The same, but f32 on tensor cores with inputs rounded to TF32's ten bits of mantissa.
-    Tf32,
-    /// Every format by chains of f32 fused multiply-adds: the CPU's bits.
-    Exact,
-}
-
-/// Matrices `[experts, N, K]` in device memory, out-features first, the K in-features of a row neighbours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WeightPointers {
-    /// The first element. Fastest at a multiple of 16 bytes, as the strides are.
-    pub ptr: DevicePtr,
-    /// Format of the elements.
-    pub dtype: DType,
-    /// Elements from one out-feature to the next.
-    pub row_stride: usize,
-    /// Elements from one expert to the next.
-    pub expert_stride: usize,
-}
-
-/// Biases `[experts, N]` in device memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BiasPointers {
-    /// The first element.
-    pub ptr: DevicePtr,
-    /// Format of the elements; one for all biases of a product.
-    pub dtype: DType,
-    /// Elements from one out-feature to the next.
-    pub stride: usize,
-    /// Elements from one expert to the next.
-    pub expert_stride: usize,
-}
-
-/// Which rows belong to which expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum GroupPointers {
-    /// `offsets` i32 `[experts + 1]` and `counts` i32 `[experts]`, from a sort.
-    Ragged {
-        /// `[experts + 1]`
-        offsets: DevicePtr,
-        /// `[experts]`
-        counts: DevicePtr,
-        /// How many.
-        experts: usize,
-    },
-    /// All rows are the first matrix's.
-    Single,
-}
-
-/// Rows of A by pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GatherPointers {
-    /// u32 `[rows]`
-    pub pair_of_row: DevicePtr,
-    /// Pairs of a token.
-    pub slots: usize,
-    /// f32 `[pairs]`, a factor on each pair's input; [`DevicePtr::NULL`] for none.
-    pub input_scale: DevicePtr,
-}
-
-/// One grouped product. Plain data.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct GroupedGemm {
-    /// `[a_rows, K]`
-    pub a: DeviceRows,
-    /// Rows of A.
-    pub a_rows: usize,
-    /// Rows of A by pair; `None`: row r is row r.
-    pub gather: Option<GatherPointers>,
-    /// Which rows are whose.
-    pub groups: GroupPointers,
-    /// `[experts, N, K]` of a gated product.
-    pub gate: Option<WeightPointers>,
-    /// `[experts, N, K]`
-    pub up: WeightPointers,
-    /// `[experts, N]`
-    pub gate_bias: Option<BiasPointers>,
-    /// `[experts, N]`
-    pub up_bias: Option<BiasPointers>,
-    /// What happens to the sums.
-    pub activation: Activation,
-    /// `[rows, N]`
-    pub out: DeviceRows,
-    /// The most rows that there may be.
-    pub rows: usize,
-    /// Columns of the output.
-    pub n: usize,
-    /// Columns of A.
-    pub k: usize,
-    /// How it is summed.
-    pub numerics: Numerics,
-    /// One class of bits for every number of rows.
-    pub strict: bool,
-}
-
-impl GroupedGemm {
-    fn experts(&self) -> usize {
-        match self.groups {
-            GroupPointers::Ragged { experts, .. } => experts,
-            GroupPointers::Single => 1,
-        }
-    }
-
-    /// Whether the operands are of one 16-bit format.
-    fn is_16_bit(&self) -> bool {
-        self.a.dtype != DType::F32 && self.up.dtype == self.a.dtype
-    }
-
-    /// Whether the kernels for few rows are taken.
-    fn is_decode(&self) -> bool {
-        !self.strict && self.rows <= DECODE_ROWS.saturating_mul(self.experts())
-    }
-}
 
 /// Plans a grouped product: one launch, whose grid has a zero when there is nothing to do.
 ///
@@ -164,10 +73,10 @@ impl GroupedGemm {
 /// [`Error::Overflow`] for sizes beyond 32 bits.
 pub fn plan_grouped_gemm(product: &GroupedGemm, device: &DeviceInfo) -> Result<Launch> {
     let params = params(product)?;
-    if product.numerics == Numerics::Exact
-        || (product.numerics == Numerics::TensorCores && !product.is_16_bit())
-    {
-        return f32::plan_exact(&params, device);
+    match product.numerics {
+        Numerics::Exact | Numerics::ExactWidened => return f32::plan_exact(&params, device),
+        Numerics::TensorCores if !product.is_16_bit() => return f32::plan_exact(&params, device),
+        Numerics::TensorCores | Numerics::Tf32 => {}
     }
     if !product.is_16_bit() {
         return f32::plan_tf32(&params, device);
@@ -181,7 +90,7 @@ pub fn plan_grouped_gemm(product: &GroupedGemm, device: &DeviceInfo) -> Result<L
     {
         return Ok(launch);
     }
-    sm80::plan_sm80(&params, device)
+    sm80::plan_grouped_gemm_sm80(&params, device)
 }
 
 /// The checked product as the kernels see it.
@@ -219,14 +128,9 @@ fn params(p: &GroupedGemm) -> Result<GroupedGemmParams> {
             gate.dtype,
         ));
     }
-    let bias = p.up_bias.or(p.gate_bias);
+    same_kind("gate", gate.placement, p.up.placement)?;
+    let bias = check_biases(p)?;
     let bias_dtype = bias.map_or(DType::F32, |b| b.dtype);
-    for b in [p.gate_bias, p.up_bias].into_iter().flatten() {
-        if b.dtype != bias_dtype {
-            return Err(Error::value("bias", bias_dtype, b.dtype));
-        }
-        check_pointer("bias", b.ptr, b.dtype.size() as u64, p.n)?;
-    }
     check_matrix("a", p.a, p.a_rows, p.k)?;
     check_matrix("out", p.out, p.rows, p.n)?;
     for w in [gate, p.up] {
@@ -258,9 +162,7 @@ fn params(p: &GroupedGemm) -> Result<GroupedGemmParams> {
     }
     let address = |b: Option<BiasPointers>| b.map_or(DevicePtr::NULL, |b| b.ptr);
     let stride = |b: Option<BiasPointers>| b.map_or(0, |b| b.stride as u32);
-    let expert_stride = |b: Option<BiasPointers>| b.map_or(0, |b| b.expert_stride as i64);
-    let out_bytes = p.out.stride.wrapping_mul(p.out.dtype.size()) as u64;
-    let aligned_out = (p.out.ptr.0 | out_bytes).is_multiple_of(16);
+    let expert_stride = |b: Option<BiasPointers>| b.map_or(0, |b| b.placement.stride() as i64);
     Ok(GroupedGemmParams {
         a: p.a.ptr,
         pair_of_row: gather.pair_of_row,
@@ -278,9 +180,9 @@ fn params(p: &GroupedGemm) -> Result<GroupedGemmParams> {
         out: p.out.ptr,
         a_row_stride: p.a.stride as i64,
         gate_row_stride: gate.row_stride as i64,
-        gate_expert_stride: gate.expert_stride as i64,
+        gate_expert_stride: gate.placement.stride() as i64,
         up_row_stride: p.up.row_stride as i64,
-        up_expert_stride: p.up.expert_stride as i64,
+        up_expert_stride: p.up.placement.stride() as i64,
         gate_bias_expert_stride: expert_stride(p.gate_bias),
         up_bias_expert_stride: expert_stride(p.up_bias),
         out_row_stride: p.out.stride as i64,
@@ -291,14 +193,14 @@ fn params(p: &GroupedGemm) -> Result<GroupedGemmParams> {
         n: p.n as u32,
         k: p.k as u32,
         slots: gather.slots as u32,
-        flags: if aligned_out { Flags::ALIGNED_OUT } else { 0 },
+        flags: flags(p, gate, bias),
         a_dtype: p.a.dtype as u32,
         w_dtype: p.up.dtype as u32,
         bias_dtype: bias_dtype as u32,
         out_dtype: p.out.dtype as u32,
         a_rows: p.a_rows as u32,
         reserved: 0,
-        activation: activation(&p.activation),
+        activation: ActivationParams::new(Some(p.activation)),
     })
 }
 
@@ -326,53 +228,98 @@ fn check_weights(w: WeightPointers, experts: usize, n: usize, k: usize) -> Resul
     let overflow = Error::Overflow { what: "weights" };
     let bytes =
         |stride: usize, count: usize| stride.checked_mul(count)?.checked_mul(w.dtype.size());
-    let (rows, matrices) = (bytes(w.row_stride, n), bytes(w.expert_stride, experts));
+    // A table's distance counts once.
+    let steps = if w.placement.is_table() { 1 } else { experts };
+    let (rows, matrices) = (bytes(w.row_stride, n), bytes(w.placement.stride(), steps));
     rows.zip(matrices)
         .and_then(|(r, m)| r.checked_add(m))
         .filter(|&b| b <= isize::MAX as usize)
         .ok_or(overflow)?;
-    check_pointer(
-        "weights",
-        w.ptr,
-        w.dtype.size() as u64,
-        experts.min(n).min(k),
-    )
+    check_placement("weights", w.ptr, w.placement, w.dtype, experts, n.min(k))
 }
 
-/// `epilogue::Activation` of an activation.
-fn activation(a: &Activation) -> ActivationParams {
-    let kind = match a.function {
-        ActivationFunction::Identity => 0,
-        ActivationFunction::Silu => 1,
-        ActivationFunction::Gelu => 2,
-        ActivationFunction::GeluTanh => 3,
-        ActivationFunction::Relu => 4,
-        ActivationFunction::Relu2 => 5,
-    };
-    let mut p = ActivationParams {
-        kind,
-        gated: u32::from(a.gated),
-        gate_max: f32::INFINITY,
-        result_max: f32::INFINITY,
-        up_limit: f32::INFINITY,
-        alpha: 0.0,
-        gate_cap: 0.0,
-        up_cap: 0.0,
-    };
-    match a.clamp {
-        Clamp::None => {}
-        Clamp::Pre { limit } => (p.gate_max, p.up_limit) = (limit, limit),
-        Clamp::Post { limit } => (p.result_max, p.up_limit) = (limit, limit),
-        Clamp::GptOss { limit, alpha } => {
-            p.kind = 6;
-            (p.gate_max, p.up_limit, p.alpha) = (limit, limit, alpha);
-        }
-        Clamp::Softcap { gate, up } => {
-            p.kind = 7;
-            (p.gate_cap, p.up_cap) = (gate, up);
+/// The address of `experts` times `len` elements, or of the table that leads to them.
+fn check_placement(
+    argument: &'static str,
+    ptr: DevicePtr,
+    placement: Placement,
+    dtype: DType,
+    experts: usize,
+    len: usize,
+) -> Result<()> {
+    let element = dtype.size();
+    match placement {
+        Placement::Strided { .. } => check_pointer(argument, ptr, element as u64, experts.min(len)),
+        Placement::Table { offset, alignment } => {
+            if !alignment.is_power_of_two() || alignment < element {
+                return Err(Error::value(
+                    argument,
+                    format_args!(
+                        "a table of addresses at multiples of a power of two from {element} on"
+                    ),
+                    alignment,
+                ));
+            }
+            checked_mul(offset, element, argument)?;
+            check_pointer(argument, ptr, 8, experts.min(len))
         }
     }
-    p
+}
+
+/// One of the biases, if there are any: what both have in common.
+fn check_biases(p: &GroupedGemm) -> Result<Option<BiasPointers>> {
+    let Some(one) = p.up_bias.or(p.gate_bias) else {
+        return Ok(None);
+    };
+    for b in [p.gate_bias, p.up_bias].into_iter().flatten() {
+        if b.dtype != one.dtype {
+            return Err(Error::value("bias", one.dtype, b.dtype));
+        }
+        if b.stride > u32::MAX as usize {
+            return Err(Error::Overflow { what: "bias" });
+        }
+        same_kind("bias", b.placement, one.placement)?;
+        check_placement("bias", b.ptr, b.placement, b.dtype, p.experts(), p.n)?;
+    }
+    Ok(Some(one))
+}
+
+/// A launch has one flag for both matrices of a gated product, and one for both biases.
+fn same_kind(argument: &'static str, found: Placement, expected: Placement) -> Result<()> {
+    if found.is_table() == expected.is_table() {
+        return Ok(());
+    }
+    let name = |p: Placement| {
+        if p.is_table() {
+            "a table"
+        } else {
+            "one allocation"
+        }
+    };
+    let expected = format!("{}, as the up projection's", name(expected));
+    Err(Error::value(argument, expected, name(found)))
+}
+
+fn flags(p: &GroupedGemm, gate: WeightPointers, bias: Option<BiasPointers>) -> u32 {
+    let out_bytes = p.out.stride.wrapping_mul(p.out.dtype.size()) as u64;
+    let aligned_table = |w: WeightPointers| matches!(w.placement, Placement::Table { alignment, .. } if alignment.is_multiple_of(16));
+    let mut flags = 0;
+    let mut set = |yes: bool, flag: u32| flags |= if yes { flag } else { 0 };
+    set(
+        (p.out.ptr.0 | out_bytes).is_multiple_of(16),
+        Flags::ALIGNED_OUT,
+    );
+    set(p.up.placement.is_table(), Flags::WEIGHT_TABLES);
+    set(
+        aligned_table(gate) && aligned_table(p.up),
+        Flags::ALIGNED_TABLES,
+    );
+    set(
+        bias.is_some_and(|b| b.placement.is_table()),
+        Flags::BIAS_TABLES,
+    );
+    set(p.numerics == Numerics::ExactWidened, Flags::WIDENED_WEIGHTS);
+    flags
 }
 
 /// The most tiles that there can be, whatever the counts: full row tiles, and a last one for each expert that has rows.
@@ -426,10 +373,16 @@ impl Shape {
 
 /// Whether A and the weights can be read 16 bytes at a time: rows begin on 16 bytes. (K itself may be anything.)
 fn is_aligned(p: &GroupedGemmParams, element: u64) -> bool {
-    let several = i64::from(p.experts > 1);
+    let tables = p.flags & Flags::WEIGHT_TABLES != 0;
+    if tables && p.flags & Flags::ALIGNED_TABLES == 0 {
+        return false;
+    }
+    // A table's distance counts for every expert, a stride from the second one on.
+    let several = i64::from(tables || p.experts > 1);
     let expert_strides = (p.gate_expert_stride | p.up_expert_stride) * several;
     let strides = p.a_row_stride | p.gate_row_stride | p.up_row_stride | expert_strides;
-    (p.a.0 | p.gate.0 | p.up.0 | (strides as u64).wrapping_mul(element)).is_multiple_of(16)
+    let weights = if tables { 0 } else { p.gate.0 | p.up.0 };
+    (p.a.0 | weights | (strides as u64).wrapping_mul(element)).is_multiple_of(16)
 }
 
 /// Rows of an expert on average.

@@ -9,12 +9,16 @@ use bytemuck::{Pod, Zeroable};
 pub struct Flags;
 
 impl Flags {
-    /// `gate` and `up` are arrays of addresses, one matrix each; the expert strides mean nothing.
+    /// `gate` and `up` are arrays of addresses; an expert's matrix begins its expert stride behind its address.
     pub const WEIGHT_TABLES: u32 = 1;
-    /// `gate_bias` and `up_bias` are arrays of addresses.
+    /// `gate_bias` and `up_bias` are arrays of addresses in the same way.
     pub const BIAS_TABLES: u32 = 2;
     /// `out` and its row stride are multiples of 16 bytes.
     pub const ALIGNED_OUT: u32 = 4;
+    /// The addresses in the tables of weights are multiples of 16: chooses the kernel, which does not look at it.
+    pub const ALIGNED_TABLES: u32 = 8;
+    /// Exact products: bf16 weights count as f32, in the order of f32's chain.
+    pub const WIDENED_WEIGHTS: u32 = 16;
 }
 
 /// `epilogue::Activation`: `min(act(min(g, gate_max)), result_max)`, times `clamp(u, ±up_limit)` where gated. No limit is +∞.
@@ -107,11 +111,11 @@ pub struct GroupedGemmParams {
     pub a_row_stride: i64,
     /// From one out-feature of gate to the next.
     pub gate_row_stride: i64,
-    /// From one expert's gate to the next.
+    /// From one expert's gate to the next; from the table's address to the gate.
     pub gate_expert_stride: i64,
     /// From one out-feature of up to the next.
     pub up_row_stride: i64,
-    /// From one expert's up to the next.
+    /// From one expert's up to the next; from the table's address to the up matrix.
     pub up_expert_stride: i64,
     /// From one expert's gate bias to the next.
     pub gate_bias_expert_stride: i64,

@@ -4,7 +4,7 @@ use super::params::GroupedGemmParams;
 use super::{Shape, is_aligned, mean_rows};
 use crate::cuda::plan::{DeviceInfo, Launch, Module};
 use crate::element::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 const fn shape(kernel: &'static str, rows: u32, shared: u32, blocks_per_sm: u32) -> Shape {
     Shape {
@@ -41,8 +41,16 @@ const UNALIGNED: [Shape; 2] = [
     shape("moe_grouped_gemm_sm80_f16_m32_unaligned", 32, 66624, 3),
 ];
 
-/// A and weights of one 16-bit format.
-pub(super) fn plan_sm80(p: &GroupedGemmParams, device: &DeviceInfo) -> Result<Launch> {
+/// Plans a grouped product on tensor cores, for any device. `p` describes it, already checked as a product of any kernel. What [`plan_grouped_gemm`](super::plan_grouped_gemm)
+/// takes where Hopper's own kernels are not; public, so that the two can be compared on a Hopper.
+///
+/// # Errors
+/// [`Error::Value`] when A and the weights are not of one 16-bit format; [`Error::Overflow`] for more than 2³¹ tiles.
+pub fn plan_grouped_gemm_sm80(p: &GroupedGemmParams, device: &DeviceInfo) -> Result<Launch> {
+    if p.a_dtype == DType::F32 as u32 || p.w_dtype != p.a_dtype {
+        let expected = "bf16 or f16, as the weights, for tensor cores";
+        return Err(Error::value("a", expected, "another format"));
+    }
     let format = usize::from(p.a_dtype == DType::F16 as u32);
     let shape = match mean_rows(p) {
         _ if !is_aligned(p, 2) => &UNALIGNED[format],

@@ -9,6 +9,12 @@
 //! weights in one allocation, whatever its strides: separate gate and up, halves of one matrix, alternating rows. [`plan_grouped_gemm_sm90`] refuses the rest
 //! with an [`Error`] that names it; the sm_80 kernels take it all and run on the same device.
 //!
+//! # Experts in an allocation each
+//! A tensor map describes one allocation, so tables of addresses ([`Placement::Table`](super::Placement::Table)) go to the sm_80 kernels. The other way would be an array of maps in
+//! device memory, one for each expert and half, from which the producer takes that of its tile. It would keep wgmma, but only the driver can encode a map, for the boxes of this very
+//! kernel: a table would no longer be addresses that any framework can write, its plan no longer arithmetic, and E·2 descriptors of 128 bytes would go through the descriptor cache
+//! in place of two. What that costs cannot be said without a GPU. Few rows lose nothing by it: the kernels for those do not use TMA. For many, put experts into one allocation.
+//!
 //! # Clusters
 //! With more than one row tile an expert, two blocks form a cluster: they take neighbouring row tiles and the same columns, and each fetches half of B for
 //! both. That lowers the traffic from L2 from 53 to 37 bytes a cycle and multiprocessor, less than the 40 or so that an H100's L2 gives. An odd last row tile is

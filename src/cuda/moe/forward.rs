@@ -1,9 +1,10 @@
 //! The safe call: the layer from cudarc's slices.
 #![allow(unsafe_code)] // one block: the launch of a plan whose operands were checked here
 
-use super::CudaMoeLayer;
-use super::plan::{MoePointers, RoutingPointers};
+use super::plan::MoePointers;
+use super::route::RoutingPointers;
 use super::views::{ExpertViews, GateViews, SharedViews};
+use super::{CudaMoeLayer, LatentViews};
 use crate::cuda::combine::DeviceRows;
 use crate::cuda::stages::Door;
 use crate::cuda::{Cuda, DeviceMat, DeviceMatMut, DevicePtr, DeviceVec, DeviceVecMut};
@@ -19,7 +20,8 @@ pub enum RouteSource<'a> {
     Gate(GateViews<'a>),
     /// Logits `[T, R]` of any format.
     Logits(DeviceMat<'a>),
-    /// Ids and weights `[T, slots]` as they are: the router is not asked. An id that is neither an expert's nor a null expert's is dropped.
+    /// Ids and weights `[T, slots]` as they are: the router is not asked. An id that is neither an expert's nor a null expert's is dropped
+    /// (beside identity experts, each id from E on is one of theirs).
     Given {
         /// `[T, slots]`
         ids: DeviceVec<'a, i32>,
@@ -28,10 +30,10 @@ pub enum RouteSource<'a> {
     },
 }
 
-/// Normalises the layer's output: `y / √(mean(y²) + eps) · weight · multiplier`.
+/// A norm of rows, `y / √(mean(y²) + eps) · weight · multiplier`.
 #[derive(Debug)]
 pub struct NormView<'a> {
-    /// `[H]`
+    /// As long as a row.
     pub weight: DeviceVec<'a, f32>,
     /// The number under the root.
     pub eps: f32,
@@ -52,15 +54,23 @@ pub struct MoeOperands<'a> {
     pub correction_bias: Option<DeviceVec<'a, f32>>,
     /// `[E]`, a factor on each expert's weights.
     pub per_expert_scale: Option<DeviceVec<'a, f32>>,
-    /// `[T, R]`, when and only when the router has a noise seed; in the format of the logits, which the gate makes f32.
+    /// Normalises the gate's input, when and only when the layer does so ([`CudaMoeLayer::with_gate_norm`]) and the call goes through the gate.
+    pub gate_norm: Option<NormView<'a>>,
+    /// Weights `[R, H]` of the noise logits `norm(x) · W_noiseᵀ` in exact f32, for a router with a noise seed and a call through the gate without `noise_logits`.
+    pub gate_noise: Option<DeviceMat<'a>>,
+    /// `[T, R]`, for a router with a noise seed; in the format of the logits, which the gate makes f32.
     pub noise_logits: Option<DeviceMat<'a>>,
     /// Position of the first token, for a router with noise.
     pub position: u64,
     /// The local experts' weights.
     pub experts: ExpertViews<'a>,
-    /// The shared expert's weights, when and only when the layer has one.
+    /// The latent projections, when and only when the layer is latent.
+    pub latent: Option<LatentViews<'a>>,
+    /// Normalises the experts' outputs, L columns for a latent layer, when and only when the layer does so ([`CudaMoeLayer::with_post_norm`]).
+    pub post_norm: Option<NormView<'a>>,
+    /// The shared experts' weights, when and only when the layer has some.
     pub shared: Option<SharedViews<'a>>,
-    /// Normalises the output, after the shared expert.
+    /// Normalises the output, after the shared experts.
     pub out_norm: Option<NormView<'a>>,
     /// `[H]`, added after the norm.
     pub out_bias: Option<DeviceVec<'a, f32>>,
@@ -77,9 +87,13 @@ impl<'a> MoeOperands<'a> {
             given_ids: None,
             correction_bias: None,
             per_expert_scale: None,
+            gate_norm: None,
+            gate_noise: None,
             noise_logits: None,
             position: 0,
             experts,
+            latent: None,
+            post_norm: None,
             shared: None,
             out_norm: None,
             out_bias: None,
@@ -128,25 +142,29 @@ impl CudaMoeLayer {
         let (tokens, hidden, router) = (o.x.rows(), self.hidden, &self.router);
         let x = door.mat("x", &o.x, tokens, hidden)?;
         let pairs = pairs(tokens, router.slots())?;
-        let routing = self.check_routing(door, o, pairs)?;
+        let routing = self.routing(door, o, pairs)?;
         let experts = o.experts.check(
             door.cuda,
             door.stream,
             self.local_experts.len(),
-            hidden,
+            self.expert_hidden(),
             self.intermediate,
         )?;
-        let mat = |argument, view: &Option<DeviceMat<'_>>, cols| match view {
-            Some(view) => door.mat(argument, view, tokens, cols).map(Some),
+        let mat = |argument, view: &Option<DeviceMat<'_>>, rows, cols| match view {
+            Some(view) => door.mat(argument, view, rows, cols).map(Some),
             None => Ok(None),
         };
         let shared = match (&o.shared, &self.shared) {
-            (Some(views), Some(shared)) => {
-                Some(views.check(door.cuda, door.stream, hidden, shared.intermediate)?)
-            }
+            (Some(views), Some(shared)) => Some(views.check(
+                door.cuda,
+                door.stream,
+                shared.count,
+                hidden,
+                shared.intermediate,
+            )?),
             (None, None) => None,
             _ => {
-                let expected = "weights when and only when the layer has a shared expert";
+                let expected = "weights when and only when the layer has shared experts";
                 return Err(Error::value("shared", expected, "the opposite"));
             }
         };
@@ -162,17 +180,24 @@ impl CudaMoeLayer {
                 &o.per_expert_scale,
                 router.num_experts,
             )?,
-            noise_logits: mat("noise_logits", &o.noise_logits, router.num_logits())?,
+            noise_logits: mat("noise_logits", &o.noise_logits, tokens, router.num_logits())?,
+            gate_norm: door.norm("gate_norm", &o.gate_norm, hidden)?,
+            gate_noise: mat("gate_noise", &o.gate_noise, router.num_logits(), hidden)?,
             position: o.position,
+            latent: match &o.latent {
+                Some(views) => Some(views.check(door, self.expert_hidden(), hidden)?),
+                None => None,
+            },
+            post_norm: door.norm("post_norm", &o.post_norm, self.expert_hidden())?,
             shared,
-            out_norm: door.norm(&o.out_norm, hidden)?,
+            out_norm: door.norm("out_norm", &o.out_norm, hidden)?,
             out_bias: door.optional("out_bias", &o.out_bias, hidden)?,
-            residual: mat("residual", &o.residual, hidden)?,
+            residual: mat("residual", &o.residual, tokens, hidden)?,
             ..MoePointers::new(x, routing, experts, y, workspace)
         })
     }
 
-    fn check_routing(
+    fn routing(
         &self,
         door: &Door<'_>,
         o: &MoeOperands<'_>,

@@ -24,17 +24,24 @@ pub struct WorkspaceRouting {
 /// Where each piece lies.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pieces {
+    pub(super) gate_x: Piece,
     pub(super) logits: Piece,
+    pub(super) noise: Piece,
     pub(super) ids: Piece,
     pub(super) weights: Piece,
+    pub(super) shared_weights: Piece,
     pub(super) route: Piece,
     pub(super) counts: Piece,
     pub(super) offsets: Piece,
     pub(super) pair_of_row: Piece,
     pub(super) row_of_pair: Piece,
     pub(super) permute: Piece,
+    /// The latent input, later the latent sum.
+    pub(super) latent: Piece,
+    pub(super) latent_norm: Piece,
     pub(super) h: Piece,
     pub(super) ys: Piece,
+    pub(super) routed: Piece,
     pub(super) shared_h: Piece,
     pub(super) shared_y: Piece,
     pub(super) shared_gate: Piece,
@@ -91,28 +98,36 @@ impl CudaMoeLayer {
         let pairs = pairs(tokens, self.router.slots())?;
         let options = self.permute_options();
         let rows = permute::max_rows(pairs, experts, &options)?;
-        let gated = self
-            .shared
-            .is_some_and(|s| s.join == SharedJoin::SigmoidGate);
-        let shared_width = self.shared.map_or(0, |s| s.intermediate);
-        let shared_hidden = self.shared.map_or(0, |_| hidden);
+        let shared = self.shared;
+        let gated = shared.is_some_and(|s| s.join == SharedJoin::SigmoidGate);
+        let shared_width = shared.map_or(0, |s| s.intermediate);
+        let shared_outputs = shared.map_or(0, |s| s.count);
+        let latent = self.latent.map_or(0, |l| l.width);
+        let when = |wanted: bool, size: usize| if wanted { size } else { 0 };
+        let logits = self.router.num_logits();
         let mut layout = Layout::default();
         let mut add = |factors: &[usize]| layout.add(factors);
         let mut pieces = Pieces {
-            logits: add(&[tokens, self.router.num_logits(), 4])?,
+            gate_x: add(&[when(self.gate_norm, tokens), hidden, 4])?,
+            logits: add(&[tokens, logits, 4])?,
+            noise: add(&[when(self.router.noise_seed.is_some(), tokens), logits, 4])?,
             ids: add(&[pairs, 4])?,
             weights: add(&[pairs, 4])?,
+            shared_weights: add(&[tokens, self.router.joint_shared, 4])?,
             route: add(&[routing::workspace_size(&self.router, tokens)?])?,
             counts: add(&[experts, 4])?,
             offsets: add(&[experts + 1, 4])?,
             pair_of_row: add(&[rows, 4])?,
             row_of_pair: add(&[pairs, 4])?,
             permute: add(&[permute::workspace_size(pairs, experts, &options, device)?])?,
+            latent: add(&[tokens, latent, 4])?,
+            latent_norm: add(&[when(self.latent.is_some_and(|l| l.norm), tokens), latent, 4])?,
             h: add(&[rows, self.intermediate, self.dtype.size()])?,
-            ys: add(&[rows, hidden, self.ys_dtype.size()])?,
+            ys: add(&[rows, self.expert_hidden(), self.ys_dtype.size()])?,
+            routed: add(&[when(latent > 0, tokens), hidden, 4])?,
             shared_h: add(&[tokens, shared_width, self.dtype.size()])?,
-            shared_y: add(&[tokens, shared_hidden, 4])?,
-            shared_gate: add(&[if gated { tokens } else { 0 }, 4])?,
+            shared_y: add(&[tokens, hidden, shared_outputs, 4])?,
+            shared_gate: add(&[when(gated, tokens), 4])?,
             rows,
             total: 0,
         };

@@ -1,33 +1,16 @@
 //! A call of the layer as launches, in order.
 
 use super::layout::Pieces;
-use super::{CudaMoeLayer, ExpertPointers, GatePointers, SharedPointers};
-use crate::cuda::combine::{
-    CombineOperands, DeviceRows, Identity, Norm, Routed, Shared, plan_combine,
+use super::{
+    CudaMoeLayer, ExpertPointers, LatentPointers, MAX_SHARED, RoutingPointers, SharedPointers,
 };
-use crate::cuda::permute::{PermutePointers, plan_permute};
-use crate::cuda::routing::{RoutePointers, plan_route};
+use crate::cuda::combine::{
+    CombineOperands, DeviceRows, Identity, IdentityApart, Norm, Routed, Shared, SharedSum,
+    plan_combine,
+};
 use crate::cuda::{DeviceInfo, DevicePtr, Launch};
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::routing::NullExperts;
-
-/// Where a call's routing comes from.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum RoutingPointers {
-    /// Logits from x through the gate.
-    Gate(GatePointers),
-    /// Logits `[T, R]`.
-    Logits(DeviceRows),
-    /// Ids `[T, slots]` i32 and weights `[T, slots]` f32 as they are: the router is not asked. An id that is neither an expert's nor a null expert's is dropped.
-    Given {
-        /// `[T, slots]` i32
-        ids: DevicePtr,
-        /// `[T, slots]` f32
-        weights: DevicePtr,
-    },
-}
 
 /// Where the operands of a call are, in device memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,13 +25,22 @@ pub struct MoePointers {
     pub correction_bias: DevicePtr,
     /// In, optional: f32 `[E]`, a factor on each expert's weights.
     pub per_expert_scale: DevicePtr,
-    /// In: noise logits `[T, R]`, when and only when the router has a noise seed; in the format of the logits, which the gate makes f32.
+    /// In: normalises the gate's input, for a layer that does so and a call through the gate.
+    pub gate_norm: Option<Norm>,
+    /// In: weights `[R, H]` of the noise logits `norm(x) · W_noiseᵀ` in exact f32, for a router with a noise seed and a call through the gate that brings no
+    /// `noise_logits`.
+    pub gate_noise: Option<DeviceRows>,
+    /// In: noise logits `[T, R]`, for a router with a noise seed; in the format of the logits, which the gate makes f32.
     pub noise_logits: Option<DeviceRows>,
     /// Position of the first token, for a router with noise.
     pub position: u64,
     /// In: the local experts' weights.
     pub experts: ExpertPointers,
-    /// In: the shared expert's weights, when and only when the layer has one.
+    /// In: the latent projections, when and only when the layer is latent.
+    pub latent: Option<LatentPointers>,
+    /// In: normalises the experts' outputs, `[L]` or `[H]` wide, when and only when the layer does that.
+    pub post_norm: Option<Norm>,
+    /// In: the shared experts' weights, when and only when the layer has some.
     pub shared: Option<SharedPointers>,
     /// In: normalises the output, after the shared expert.
     pub out_norm: Option<Norm>,
@@ -77,9 +69,13 @@ impl MoePointers {
             given_ids: DevicePtr::NULL,
             correction_bias: DevicePtr::NULL,
             per_expert_scale: DevicePtr::NULL,
+            gate_norm: None,
+            gate_noise: None,
             noise_logits: None,
             position: 0,
             experts,
+            latent: None,
+            post_norm: None,
             shared: None,
             out_norm: None,
             out_bias: DevicePtr::NULL,
@@ -90,8 +86,9 @@ impl MoePointers {
     }
 }
 
-/// The most launches of a call: gate, router (4), sort (3), two products, the shared expert's three, combine.
-const MAX_LAUNCHES: usize = 16;
+/// The most launches of a call: the gate's norm, the gate, its noise, router (4), sort (3), latent in, its norm, two products, their norm, the shared
+/// experts' two each, their gate, the sum, latent out, combine.
+const MAX_LAUNCHES: usize = 18 + 2 * MAX_SHARED;
 
 /// The launches of a call, to be queued in order on one stream.
 #[derive(Clone, Debug)]
@@ -157,27 +154,7 @@ impl CudaMoeLayer {
         pointers: &MoePointers,
         device: &DeviceInfo,
     ) -> Result<MoePlan> {
-        if pointers.x.dtype != self.dtype {
-            return Err(Error::value("x", self.dtype, pointers.x.dtype));
-        }
-        if pointers.experts.gate.is_some() != self.activation.gated {
-            let expected = if self.activation.gated {
-                "a gate projection"
-            } else {
-                "none"
-            };
-            return Err(Error::value("experts.gate", expected, "the opposite"));
-        }
-        if pointers.shared.is_some() != self.shared.is_some() {
-            return Err(Error::value(
-                "shared",
-                "weights when and only when the layer has a shared expert",
-                "the opposite",
-            ));
-        }
-        if pointers.workspace.is_null() {
-            return Err(Error::value("workspace", "device memory", "no pointer"));
-        }
+        self.check_pointers(pointers)?;
         let mut call = Call {
             layer: self,
             tokens,
@@ -195,6 +172,37 @@ impl CudaMoeLayer {
         let shared = call.shared()?;
         call.combine(ids, weights, shared)?;
         Ok(call.plan)
+    }
+
+    /// Every operand is there that the layer wants, and none besides.
+    fn check_pointers(&self, pointers: &MoePointers) -> Result<()> {
+        if pointers.x.dtype != self.dtype {
+            return Err(Error::value("x", self.dtype, pointers.x.dtype));
+        }
+        if pointers.experts.gate.is_some() != self.activation.gated {
+            let expected = if self.activation.gated {
+                "a gate projection"
+            } else {
+                "none"
+            };
+            return Err(Error::value("experts.gate", expected, "the opposite"));
+        }
+        if pointers.shared.is_some() != self.shared.is_some() {
+            return Err(Error::value(
+                "shared",
+                "weights when and only when the layer has shared experts",
+                "the opposite",
+            ));
+        }
+        if pointers.workspace.is_null() {
+            return Err(Error::value("workspace", "device memory", "no pointer"));
+        }
+        if pointers.post_norm.is_some() != self.post_norm.is_some() {
+            let expected = "a norm when and only when the layer normalises its experts' outputs";
+            return Err(Error::value("post_norm", expected, "the opposite"));
+        }
+        self.check_latent(pointers.latent.as_ref())?;
+        self.check_routing(pointers)
     }
 }
 
@@ -217,108 +225,84 @@ impl Call<'_> {
         }
     }
 
-    /// Ids and weights, computed or given.
-    fn route(&mut self) -> Result<(DevicePtr, DevicePtr)> {
-        let columns = self.layer.router.num_logits();
-        let logits = match self.pointers.routing {
-            RoutingPointers::Given { ids, weights } => return Ok((ids, weights)),
-            RoutingPointers::Logits(logits) => logits,
-            RoutingPointers::Gate(gate) => {
-                let logits = self.rows(self.pieces.logits, columns, DType::F32);
-                self.dense(gate.weights, gate.bias, columns, logits)?;
-                logits
-            }
-        };
-        let noise = self.pointers.noise_logits;
-        if let Some(noise) = noise.filter(|n| n.dtype != logits.dtype) {
-            let expected = format!("{}, as the logits are", logits.dtype);
-            return Err(Error::value("noise_logits", expected, noise.dtype));
-        }
-        let (ids, weights) = (self.at(self.pieces.ids), self.at(self.pieces.weights));
-        let route = RoutePointers {
-            logits: logits.ptr,
-            logits_stride: logits.stride as u64,
-            noise_logits: noise.map_or(DevicePtr::NULL, |n| n.ptr),
-            noise_stride: noise.map_or(0, |n| n.stride as u64),
-            correction_bias: self.pointers.correction_bias,
-            per_expert_scale: self.pointers.per_expert_scale,
-            given_ids: self.pointers.given_ids,
-            ids,
-            weights,
-            workspace: self.at(self.pieces.route),
-            ..RoutePointers::default()
-        };
-        let plan = plan_route(
-            &self.layer.router,
-            self.tokens,
-            logits.dtype,
-            self.pointers.position,
-            &route,
-            self.device,
-        )?;
-        plan.iter()
-            .try_for_each(|launch| self.plan.push(launch.clone()))?;
-        Ok((ids, weights))
-    }
-
-    fn sort(&mut self, ids: DevicePtr) -> Result<()> {
-        let pointers = PermutePointers {
-            ids,
-            counts: self.at(self.pieces.counts),
-            offsets: self.at(self.pieces.offsets),
-            pair_of_row: self.at(self.pieces.pair_of_row),
-            row_of_pair: self.at(self.pieces.row_of_pair),
-            workspace: self.at(self.pieces.permute),
-        };
-        let (pairs, experts) = (
-            self.tokens * self.layer.router.slots(),
-            self.layer.router.num_experts,
-        );
-        let plan = plan_permute(
-            pairs,
-            experts,
-            &self.layer.permute_options(),
-            &pointers,
-            self.device,
-        )?;
-        plan.iter()
-            .try_for_each(|launch| self.plan.push(launch.clone()))
-    }
-
+    /// The sum over slots and all that follows; a latent sum leaves its space on the way.
     fn combine(
         &mut self,
         ids: DevicePtr,
         weights: DevicePtr,
-        shared: Option<Shared>,
+        shared: Option<(Shared, SharedSum)>,
     ) -> Result<()> {
         let (layer, p) = (self.layer, self.pointers);
-        let null = matches!(layer.router.null_experts, NullExperts::Identity(_))
-            && layer.local_experts.start == 0;
+        let (null, slots) = (layer.adds_identity(), layer.router.slots());
+        let latent = self.latent_sum();
+        // x has no place in a latent sum, nor in one whose weights have acted on the input.
+        let apart = null && (latent.is_some() || layer.weight_on_input);
+        let (num_experts, x) = (layer.router.num_experts, p.x);
         let routed = Routed::Pairs {
-            ys: self.rows(self.pieces.ys, layer.hidden, layer.ys_dtype),
+            ys: self.rows(self.pieces.ys, layer.expert_hidden(), layer.ys_dtype),
             rows: self.pieces.rows,
-            slots: layer.router.slots(),
+            slots,
             weights: if layer.weight_on_input {
                 DevicePtr::NULL
             } else {
                 weights
             },
             row_of_pair: self.at(self.pieces.row_of_pair),
-            identity: null.then_some(Identity {
+            identity: (null && !apart).then_some(Identity {
                 ids,
-                num_experts: layer.router.num_experts,
-                x: p.x,
+                num_experts,
+                x,
             }),
         };
         let operands = CombineOperands {
             routed_scale: layer.routed_scale,
-            shared,
+            identity_apart: apart.then_some(IdentityApart {
+                ids,
+                weights,
+                slots,
+                num_experts,
+                x,
+                scale: layer.routed_scale,
+            }),
+            shared: shared.map(|(join, _)| join),
+            shared_sum: shared.map(|(_, sum)| sum),
             norm: p.out_norm,
             bias: p.out_bias,
             residual: p.residual,
             ..CombineOperands::new(self.tokens, layer.hidden, routed, p.y)
         };
-        let launch = plan_combine(&operands, self.device)?;
+        match latent {
+            Some(sum) => self.combine_latent(&operands, sum),
+            None => self.push_combine(&operands),
+        }
+    }
+
+    /// The same through the latent `sum [T, L]`.
+    fn combine_latent(&mut self, operands: &CombineOperands, sum: DeviceRows) -> Result<()> {
+        let (layer, routed) = (self.layer, operands.routed);
+        self.push_combine(&CombineOperands {
+            routed_scale: operands.routed_scale,
+            ..CombineOperands::new(self.tokens, layer.expert_hidden(), routed, sum)
+        })?;
+        let nothing_follows = operands.identity_apart.is_none()
+            && operands.shared.is_none()
+            && operands.norm.is_none()
+            && operands.bias.is_null()
+            && operands.residual.is_none();
+        if nothing_follows {
+            return self.leave(sum, operands.out);
+        }
+        let routed = self.rows(self.pieces.routed, layer.hidden, DType::F32);
+        self.leave(sum, routed)?;
+        self.push_combine(&CombineOperands {
+            routed: Routed::Sum(routed),
+            routed_scale: 1.0,
+            ..*operands
+        })
+    }
+
+    fn push_combine(&mut self, operands: &CombineOperands) -> Result<()> {
+        let launch = plan_combine(operands, self.device)?;
         self.plan.push(launch)
     }
 }

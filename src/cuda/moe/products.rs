@@ -1,15 +1,16 @@
-//! The layer's matrix products: gate, experts, shared expert.
+//! The layer's matrix products, and the norms of rows between them.
 
+use super::PostNorm;
 use super::plan::Call;
 use super::weights::{ExpertPointers, WeightPointers};
-use super::{SharedExpert, SharedJoin, SharedPointers};
 use crate::cuda::DevicePtr;
-use crate::cuda::combine::{DeviceRows, Shared};
+use crate::cuda::combine::DeviceRows;
 use crate::cuda::grouped_gemm::{
     BiasPointers, GatherPointers, GroupPointers, GroupedGemm, Numerics, plan_grouped_gemm,
 };
+use crate::cuda::norm::{NormRows, plan_norm_rows};
 use crate::element::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::grouped_gemm::{Activation, ActivationFunction};
 
 /// No activation.
@@ -17,12 +18,12 @@ const LINEAR: Activation = Activation::plain(ActivationFunction::Identity);
 
 /// The rows of one expert product, and where they come from.
 #[derive(Clone, Copy)]
-struct Rows {
-    a: DeviceRows,
-    a_rows: usize,
-    gather: Option<GatherPointers>,
-    groups: GroupPointers,
-    rows: usize,
+pub(super) struct Rows {
+    pub(super) a: DeviceRows,
+    pub(super) a_rows: usize,
+    pub(super) gather: Option<GatherPointers>,
+    pub(super) groups: GroupPointers,
+    pub(super) rows: usize,
 }
 
 impl Call<'_> {
@@ -31,50 +32,80 @@ impl Call<'_> {
         self.plan.push(launch)
     }
 
-    /// An ordinary product of x with one matrix `[n, H]` in exact f32: `out [T, n] = x · Wᵀ + b`.
-    pub(super) fn dense(
+    /// Rows normalised by a launch of their own.
+    pub(super) fn norm_rows(&mut self, rows: &NormRows) -> Result<()> {
+        let launch = plan_norm_rows(rows)?;
+        self.plan.push(launch)
+    }
+
+    /// An ordinary product with one matrix `w [n, H]` in exact f32, as the CPU packs its gates: `out [T, n] = a · Wᵀ + b`.
+    pub(super) fn exact(
         &mut self,
+        a: DeviceRows,
         w: DeviceRows,
         bias: Option<DevicePtr>,
         n: usize,
         out: DeviceRows,
     ) -> Result<()> {
+        let product = self.one_matrix(a, w, n, self.layer.hidden, out);
         self.product(&GroupedGemm {
-            a: self.pointers.x,
+            up_bias: bias.map(|ptr| BiasPointers::contiguous(ptr, DType::F32, n)),
+            numerics: Numerics::ExactWidened,
+            strict: true,
+            ..product
+        })
+    }
+
+    /// The same as the experts' products are summed.
+    pub(super) fn dense(
+        &mut self,
+        a: DeviceRows,
+        w: DeviceRows,
+        n: usize,
+        k: usize,
+        out: DeviceRows,
+    ) -> Result<()> {
+        self.product(&self.one_matrix(a, w, n, k, out))
+    }
+
+    fn one_matrix(
+        &self,
+        a: DeviceRows,
+        w: DeviceRows,
+        n: usize,
+        k: usize,
+        out: DeviceRows,
+    ) -> GroupedGemm {
+        GroupedGemm {
+            a,
             a_rows: self.tokens,
             gather: None,
             groups: GroupPointers::Single,
             gate: None,
-            up: WeightPointers {
-                ptr: w.ptr,
-                dtype: w.dtype,
-                row_stride: w.stride,
-                expert_stride: 0,
-            },
+            up: WeightPointers::strided(w.ptr, w.dtype, w.stride, 0),
             gate_bias: None,
-            up_bias: bias.map(|ptr| BiasPointers::contiguous(ptr, DType::F32, n)),
+            up_bias: None,
             activation: LINEAR,
             out,
             rows: self.tokens,
             n,
-            k: self.layer.hidden,
-            numerics: Numerics::Exact,
-            strict: true,
-        })
+            k,
+            numerics: self.layer.numerics,
+            strict: self.layer.strict,
+        }
     }
 
     /// An expert's two products over rows: h, then the output.
-    fn visit(
+    pub(super) fn visit(
         &mut self,
         experts: &ExpertPointers,
         activation: Activation,
-        intermediate: usize,
+        [hidden, intermediate]: [usize; 2],
         input: Rows,
         h: DeviceRows,
         out: DeviceRows,
     ) -> Result<()> {
-        let (hidden, numerics, strict) =
-            (self.layer.hidden, self.layer.numerics, self.layer.strict);
+        let (numerics, strict) = (self.layer.numerics, self.layer.strict);
         let first = GroupedGemm {
             a: input.a,
             a_rows: input.a_rows,
@@ -109,14 +140,16 @@ impl Call<'_> {
         })
     }
 
-    /// The pairs through their experts: h, then ys.
+    /// The pairs through their experts: h, then ys, normalised if the layer does that.
     pub(super) fn experts(&mut self, weights: DevicePtr) -> Result<()> {
         let layer = self.layer;
+        let a = self.enter()?;
         let local = &layer.local_experts;
         // Those of the local experts: offsets are absolute, and the others have no rows.
         let first = local.start as u64 * 4;
+        let offsets = self.at(self.pieces.offsets);
         let input = Rows {
-            a: self.pointers.x,
+            a,
             a_rows: self.tokens,
             gather: Some(GatherPointers {
                 pair_of_row: self.at(self.pieces.pair_of_row),
@@ -128,73 +161,26 @@ impl Call<'_> {
                 },
             }),
             groups: GroupPointers::Ragged {
-                offsets: self.at(self.pieces.offsets).add(first),
+                offsets: offsets.add(first),
                 counts: self.at(self.pieces.counts).add(first),
                 experts: local.len(),
             },
             rows: self.pieces.rows,
         };
+        let width = layer.expert_hidden();
         let h = self.rows(self.pieces.h, layer.intermediate, layer.dtype);
-        let ys = self.rows(self.pieces.ys, layer.hidden, layer.ys_dtype);
-        self.visit(
-            &self.pointers.experts,
-            layer.activation,
-            layer.intermediate,
-            input,
-            h,
-            ys,
-        )
-    }
-
-    /// The shared expert's output, and how it joins.
-    pub(super) fn shared(&mut self) -> Result<Option<Shared>> {
-        let (Some(shared), Some(pointers)) = (self.layer.shared, self.pointers.shared) else {
-            return Ok(None);
+        let ys = self.rows(self.pieces.ys, width, layer.ys_dtype);
+        let experts = &self.pointers.experts;
+        let sizes = [width, layer.intermediate];
+        self.visit(experts, layer.activation, sizes, input, h, ys)?;
+        let (Some(order), Some(norm)) = (layer.post_norm, self.pointers.post_norm) else {
+            return Ok(());
         };
-        check_shared(&shared, &pointers)?;
-        let input = Rows {
-            a: self.pointers.x,
-            a_rows: self.tokens,
-            gather: None,
-            groups: GroupPointers::Single,
-            rows: self.tokens,
-        };
-        let h = self.rows(self.pieces.shared_h, shared.intermediate, self.layer.dtype);
-        let y = self.rows(self.pieces.shared_y, self.layer.hidden, DType::F32);
-        self.visit(
-            &pointers.expert,
-            shared.activation,
-            shared.intermediate,
-            input,
-            h,
-            y,
-        )?;
-        Ok(Some(match (shared.join, pointers.gate) {
-            (SharedJoin::Average, _) => Shared::Average(y),
-            (SharedJoin::SigmoidGate, Some(w)) => {
-                let gate = self.rows(self.pieces.shared_gate, 1, DType::F32);
-                self.dense(w, None, 1, gate)?;
-                Shared::SigmoidGate(y, gate.ptr)
-            }
-            _ => Shared::Add(y),
-        }))
+        self.norm_rows(&NormRows {
+            scale_first: order == PostNorm::ScaleFirst,
+            // Rows from the last expert's end on are nobody's.
+            used: offsets.add(layer.router.num_experts as u64 * 4),
+            ..NormRows::new(self.pieces.rows, width, ys, norm, ys)
+        })
     }
-}
-
-fn check_shared(shared: &SharedExpert, pointers: &SharedPointers) -> Result<()> {
-    if (shared.join == SharedJoin::SigmoidGate) != pointers.gate.is_some() {
-        return Err(Error::value(
-            "shared.gate",
-            "weights [1, H] when and only when the shared expert has a sigmoid gate",
-            "the opposite",
-        ));
-    }
-    if shared.activation.gated != pointers.expert.gate.is_some() {
-        return Err(Error::value(
-            "shared.expert.gate",
-            "a matrix when and only when the activation is gated",
-            "the opposite",
-        ));
-    }
-    Ok(())
 }

@@ -8,22 +8,17 @@ use crate::element::DType;
 impl WeightPointers {
     /// Matrices without gaps.
     pub fn contiguous(ptr: DevicePtr, dtype: DType, n: usize, k: usize) -> Self {
-        Self {
-            ptr,
-            dtype,
-            row_stride: k,
-            expert_stride: n.saturating_mul(k),
-        }
+        Self::strided(ptr, dtype, k, n.saturating_mul(k))
     }
 
     /// Every `step`-th row from row `first` on.
-    fn rows(self, first: usize, step: usize) -> Self {
+    pub(super) fn rows(self, first: usize, step: usize) -> Self {
+        let (ptr, placement) =
+            self.placement
+                .behind(self.ptr, self.dtype, first.wrapping_mul(self.row_stride));
         Self {
-            ptr: self.ptr.add(
-                (first
-                    .wrapping_mul(self.row_stride)
-                    .wrapping_mul(self.dtype.size())) as u64,
-            ),
+            ptr,
+            placement,
             row_stride: self.row_stride.wrapping_mul(step),
             ..self
         }
@@ -33,21 +28,17 @@ impl WeightPointers {
 impl BiasPointers {
     /// Biases without gaps.
     pub fn contiguous(ptr: DevicePtr, dtype: DType, n: usize) -> Self {
-        Self {
-            ptr,
-            dtype,
-            stride: 1,
-            expert_stride: n,
-        }
+        Self::strided(ptr, dtype, n)
     }
 
-    fn columns(self, first: usize, step: usize) -> Self {
+    /// Every `step`-th column from column `first` on.
+    pub(super) fn columns(self, first: usize, step: usize) -> Self {
+        let (ptr, placement) =
+            self.placement
+                .behind(self.ptr, self.dtype, first.wrapping_mul(self.stride));
         Self {
-            ptr: self.ptr.add(
-                (first
-                    .wrapping_mul(self.stride)
-                    .wrapping_mul(self.dtype.size())) as u64,
-            ),
+            ptr,
+            placement,
             stride: self.stride.wrapping_mul(step),
             ..self
         }
@@ -63,6 +54,7 @@ impl BiasPointers {
 /// | `gate_up [E,2I,H]`, rows alternating | [`ExpertPointers::interleaved`] |
 /// | `up [E,I,H]`, `down [E,H,I]` | [`ExpertPointers::plain`] |
 ///
+/// Each tensor is one allocation ([`WeightPointers::strided`]) or one an expert ([`WeightPointers::table`]), gate and up alike.
 /// In-features that are not neighbours (`[E,H,2I]`) have to be transposed once, at load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertPointers {
@@ -159,10 +151,10 @@ pub struct GatePointers {
     pub bias: Option<DevicePtr>,
 }
 
-/// The shared expert's weights.
+/// The shared experts' weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SharedPointers {
-    /// One expert.
+    /// As many experts as the layer has shared ones.
     pub expert: ExpertPointers,
     /// g `[1, H]`, for [`SharedJoin::SigmoidGate`](super::SharedJoin::SigmoidGate) and only then.
     pub gate: Option<DeviceRows>,
