@@ -80,8 +80,7 @@ fn cases_have_the_cpus_bits() {
         let verdict = check(&case, &outputs, on_gpu.tolerance(&case)).unwrap();
         assert!(verdict.passed(), "{}:{verdict}", case.id);
     }
-    let known = ["gate.input_norm", "joint_shared", "latent", "loss"];
-    assert_eq!(missing.into_iter().collect::<Vec<_>>(), known);
+    assert_eq!(missing.into_iter().collect::<Vec<_>>(), ["loss"]);
 }
 
 /// x, h and weights in 16 bits, on tensor cores: ids and weights are still those of the file.
@@ -106,7 +105,7 @@ fn cases_in_16_bits_are_within_what_rounding_allows() {
             }
             compared += 1;
         }
-        assert!(compared > 90, "only {compared} cases ran");
+        assert!(compared > 100, "only {compared} cases ran");
     }
 }
 

@@ -1,15 +1,16 @@
 //! Runs a case through the crate's GPU layer.
 
 use super::backend::Unrun;
-use super::case::{Case, Layer, Task};
+use super::case::{Case, Latent, Layer, Task};
 use super::device::{Gpu, Matrix, Routed, Vector};
 use super::mlp::{Combine, Shared};
 use super::operands::Operands;
 use super::out::Output;
-use super::router::{Gate, Logits};
+use super::router::{Gate, InputNorm, Logits};
 use super::run;
 use moe_kernels::cuda::moe::{
-    CudaMoeLayer, GateViews, MoeOperands, RouteSource, SharedExpert, SharedJoin, SharedViews,
+    self, CudaMoeLayer, GateViews, LatentViews, MoeOperands, RouteSource, SharedExpert, SharedJoin,
+    SharedViews,
 };
 use moe_kernels::routing::{GivenRouting, RouteInput, Router, Routing};
 use moe_kernels::{Cpu, DType, MatMut, MatRef};
@@ -68,53 +69,59 @@ pub fn run(machine: &Machine, case: &Case) -> Ran<Vec<Output>> {
 /// The layer that a case describes. What it cannot have is refused, naming the field.
 fn describe(case: &Layer, dtype: DType) -> Ran<CudaMoeLayer> {
     let (config, mlp) = (case.gate.config.clone(), &case.experts);
-    let lacking = [
-        ("latent", case.latent.is_some()),
-        ("post_norm", case.post_norm.is_some()),
-        (
-            "gate.input_norm",
-            matches!(
-                case.gate.logits,
-                Logits::Linear {
-                    input_norm: Some(_),
-                    ..
-                }
-            ),
-        ),
-    ];
-    if let Some((field, _)) = lacking.iter().find(|(_, has)| *has) {
-        return Err(Unrun::NotOnBackend(format!(
-            "{field}: runs on the CPU only"
-        )));
-    }
     let mut layer = CudaMoeLayer::new(config, case.hidden, mlp.inner, mlp.activation, dtype)
         .map_err(not_here)?;
     if case.weight_on_input {
-        layer = layer.with_weight_on_input().map_err(not_here)?;
+        layer = layer.with_weight_on_input();
+    }
+    if input_norm(&case.gate).is_some() {
+        layer = layer.with_gate_norm();
+    }
+    if let Some(Latent { width, in_norm, .. }) = &case.latent {
+        let (width, norm) = (*width, in_norm.is_some());
+        let latent = moe::Latent { width, norm };
+        layer = layer.with_latent(latent).map_err(not_here)?;
+    }
+    if case.post_norm.is_some() {
+        layer = layer.with_post_norm(moe::PostNorm::ScaleFirst);
     }
     layer = layer.with_routed_scale(case.routed_out_scale)?;
     if let Some(shared) = &case.shared {
         layer = layer
-            .with_shared(describe_shared(shared)?)
+            .with_shared(describe_shared(shared))
             .map_err(not_here)?;
     }
     Ok(layer)
 }
 
-fn describe_shared(shared: &Shared) -> Ran<SharedExpert> {
-    Ok(SharedExpert {
-        intermediate: shared.mlp.inner,
+fn describe_shared(shared: &Shared) -> SharedExpert {
+    let parts = parts(shared);
+    SharedExpert {
+        count: parts,
+        intermediate: shared.mlp.inner / parts,
         activation: shared.mlp.activation,
         join: match shared.combine {
             Combine::Add => SharedJoin::Add,
             Combine::SigmoidGate => SharedJoin::SigmoidGate,
             Combine::Average => SharedJoin::Average,
-            Combine::RouterWeighted => {
-                let why = "shared.combine: router_weighted runs on the CPU only";
-                return Err(Unrun::NotOnBackend(why.into()));
-            }
+            Combine::RouterWeighted => SharedJoin::RouterWeighted,
         },
-    })
+    }
+}
+
+/// The file has shared experts side by side as one; those with weights of their own are taken apart.
+pub fn parts(shared: &Shared) -> usize {
+    match shared.combine {
+        Combine::RouterWeighted => shared.count.max(1),
+        _ => 1,
+    }
+}
+
+pub fn input_norm(gate: &Gate) -> Option<&InputNorm> {
+    match &gate.logits {
+        Logits::Linear { input_norm, .. } => input_norm.as_ref(),
+        _ => None,
+    }
 }
 
 /// A case on its way.
@@ -236,6 +243,17 @@ impl Run<'_> {
                 gate: gate.as_ref().map(|w| w.view(stream)).transpose()?,
             });
         }
+        if matches!(source, Source::Gate) {
+            operands.gate_norm = o.gate_norm.as_ref().map(|norm| norm.view(gpu));
+        }
+        if let Some((w_in, norm, w_out)) = &o.latent {
+            operands.latent = Some(LatentViews {
+                w_in: w_in.view(stream)?,
+                w_out: w_out.view(stream)?,
+                norm: norm.as_ref().map(|norm| norm.view(gpu)),
+            });
+        }
+        operands.post_norm = o.post_norm.as_ref().map(|norm| norm.view(gpu));
         operands.out_norm = o.out_norm.as_ref().map(|norm| norm.view(gpu));
         operands.out_bias = o.out_bias.as_ref().map(|v| v.view(stream));
         Ok(operands)

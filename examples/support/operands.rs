@@ -1,15 +1,16 @@
 //! The tensors of a case on their way to a GPU.
 
 use super::backend::Unrun;
-use super::case::{Layer, Norm};
-use super::cuda::Machine;
+use super::case::{Latent, Layer, Norm};
+use super::cuda::{Machine, input_norm, parts};
 use super::device::{Gpu, Matrix, Vector};
 use super::file::Tensor;
 use super::mlp::Mlp;
-use super::router::Logits;
+use super::router::{InputNorm, Logits};
 use super::run;
 use super::tensors::dtype;
 use moe_kernels::DType;
+use moe_kernels::cuda::WeightViews;
 use moe_kernels::cuda::moe::{ExpertViews, NormView, UpViews};
 
 type Ran<T> = Result<T, Unrun>;
@@ -27,6 +28,10 @@ pub struct Operands {
     pub given_ids: Option<Vector<i32>>,
     pub experts: Experts,
     pub shared: Option<(Experts, Option<Matrix>)>,
+    pub gate_norm: Option<NormOperand>,
+    /// Into the latent space, its norm, and out of it.
+    pub latent: Option<(Matrix, Option<NormOperand>, Matrix)>,
+    pub post_norm: Option<NormOperand>,
     pub out_norm: Option<NormOperand>,
     pub out_bias: Option<Vector<f32>>,
 }
@@ -59,10 +64,10 @@ impl Operands {
                 .as_ref()
                 .map(|ids| Vector::new(gpu, ids))
                 .transpose()?,
-            experts: Experts::upload(machine, &case.experts)?,
+            experts: Experts::upload(machine, &case.experts, 1)?,
             shared: match &case.shared {
                 Some(shared) => Some((
-                    Experts::upload(machine, &shared.mlp)?,
+                    Experts::upload(machine, &shared.mlp, parts(shared))?,
                     shared
                         .gate_w
                         .as_ref()
@@ -71,16 +76,44 @@ impl Operands {
                 )),
                 None => None,
             },
+            gate_norm: match input_norm(gate) {
+                Some(InputNorm { eps, mul, scale }) => Some(NormOperand {
+                    w: Vector::new(gpu, scale)?,
+                    eps: *eps,
+                    multiplier: *mul,
+                }),
+                None => None,
+            },
+            latent: match &case.latent {
+                Some(latent) => Some(upload_latent(machine, latent, hidden)?),
+                None => None,
+            },
+            post_norm: NormOperand::upload(gpu, case.post_norm.as_ref().map(|p| &p.0))?,
             out_norm: NormOperand::upload(gpu, case.out_norm.as_ref())?,
             out_bias: floats(&case.out_bias)?,
         })
     }
 }
 
-/// A norm's factor in device memory, and its number.
+fn upload_latent(
+    machine: &Machine,
+    latent: &Latent,
+    hidden: usize,
+) -> Ran<(Matrix, Option<NormOperand>, Matrix)> {
+    let gpu = &machine.gpu;
+    let dtype = machine.dtype.unwrap_or(latent.dtype());
+    Ok((
+        tensor(gpu, &latent.in_w, dtype, latent.width, hidden)?,
+        NormOperand::upload(gpu, latent.in_norm.as_ref())?,
+        tensor(gpu, &latent.out_w, dtype, hidden, latent.width)?,
+    ))
+}
+
+/// A norm's factor in device memory, and its numbers.
 pub struct NormOperand {
     w: Vector<f32>,
     eps: f32,
+    multiplier: f32,
 }
 
 impl NormOperand {
@@ -88,15 +121,18 @@ impl NormOperand {
         let Some(Norm { eps, w }) = norm else {
             return Ok(None);
         };
-        let (w, eps) = (Vector::new(gpu, w)?, *eps);
-        Ok(Some(Self { w, eps }))
+        Ok(Some(Self {
+            w: Vector::new(gpu, w)?,
+            eps: *eps,
+            multiplier: 1.0,
+        }))
     }
 
     pub fn view<'a>(&'a self, gpu: &'a Gpu) -> NormView<'a> {
         NormView {
             weight: self.w.view(&gpu.stream),
             eps: self.eps,
-            multiplier: 1.0,
+            multiplier: self.multiplier,
         }
     }
 }
@@ -122,9 +158,10 @@ pub struct Experts {
 }
 
 impl Experts {
-    fn upload(machine: &Machine, mlp: &Mlp) -> Ran<Self> {
+    /// Each MLP as `parts` of neighbouring neurons. (The file's biases belong to whole ones.)
+    fn upload(machine: &Machine, mlp: &Mlp, parts: usize) -> Ran<Self> {
         let gpu = &machine.gpu;
-        let (count, inner, outer) = (mlp.count, mlp.inner, mlp.outer);
+        let (count, inner, outer) = (mlp.count * parts, mlp.inner / parts, mlp.outer);
         let dtype = machine.dtype.unwrap_or(mlp.dtype());
         let up = |w| tensor(gpu, w, dtype, count * inner, outer);
         let bias = |b: Vec<f32>, width| Matrix::new(gpu, DType::F32, &b, count, width);
@@ -140,7 +177,13 @@ impl Experts {
         Ok(Self {
             gate: mlp.gate.as_ref().map(up).transpose()?,
             up: up(&mlp.up)?,
-            down: tensor(gpu, &mlp.down, dtype, count * outer, inner)?,
+            down: Matrix::new(
+                gpu,
+                dtype,
+                &columns_apart(&mlp.down, outer, parts)?,
+                count * outer,
+                inner,
+            )?,
             up_bias,
             down_bias: mlp
                 .down_bias
@@ -151,7 +194,7 @@ impl Experts {
     }
 
     pub fn views<'a>(&'a self, gpu: &'a Gpu) -> Ran<ExpertViews<'a>> {
-        let view = |m: &'a Matrix| m.view(&gpu.stream);
+        let view = |m: &'a Matrix| m.view(&gpu.stream).map(WeightViews::from);
         let up = match &self.gate {
             Some(gate) => UpViews::Separate(view(gate)?, view(&self.up)?),
             None => UpViews::Plain(view(&self.up)?),
@@ -162,4 +205,21 @@ impl Experts {
             ..ExpertViews::new(up, view(&self.down)?)
         })
     }
+}
+
+/// Matrices of `rows` rows, each as `parts` matrices of neighbouring columns, one below the other.
+fn columns_apart(tensor: &Tensor, rows: usize, parts: usize) -> Ran<Vec<f32>> {
+    let values = tensor.f32s("weights").map_err(|why| why.to_string())?;
+    if parts == 1 {
+        return Ok(values);
+    }
+    let cols = values.len() / rows.max(1);
+    let width = cols / parts;
+    let mut apart = Vec::with_capacity(values.len());
+    for part in 0..parts {
+        for row in values.chunks(cols.max(1)) {
+            apart.extend_from_slice(&row[part * width..][..width]);
+        }
+    }
+    Ok(apart)
 }

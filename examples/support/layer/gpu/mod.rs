@@ -91,17 +91,15 @@ fn describe(a: &Architecture, dtype: DType) -> Result<CudaMoeLayer> {
         dtype,
     )?;
     if a.weight_on_input {
-        layer = layer.with_weight_on_input()?;
+        layer = layer.with_weight_on_input();
     }
     if let Some(shared) = a.shared {
-        layer = layer.with_shared(SharedExpert {
-            intermediate: shared.intermediate,
-            activation: a.activation,
-            join: match shared.join {
-                Join::Add => SharedJoin::Add,
-                Join::SigmoidGate => SharedJoin::SigmoidGate,
-            },
-        })?;
+        let join = match shared.join {
+            Join::Add => SharedJoin::Add,
+            Join::SigmoidGate => SharedJoin::SigmoidGate,
+        };
+        let expert = SharedExpert::new(shared.intermediate, a.activation, join);
+        layer = layer.with_shared(expert)?;
     }
     Ok(layer)
 }

@@ -6,6 +6,7 @@ use super::super::source::{SharedTensors, Source};
 use super::super::tensor::{Expert, Matrix as HostMatrix, round_to};
 use super::super::{Result, fail};
 use super::OnGpu;
+use moe_kernels::cuda::WeightViews;
 use moe_kernels::cuda::moe::{ExpertViews, GateViews, SharedViews, UpViews};
 use moe_kernels::{AnyMatRef, DType};
 use rayon::prelude::*;
@@ -208,7 +209,7 @@ impl Experts {
     }
 
     fn views<'a>(&'a self, gpu: &'a Gpu) -> Result<ExpertViews<'a>> {
-        let view = |m: &'a Matrix| m.view(&gpu.stream);
+        let view = |m: &'a Matrix| m.view(&gpu.stream).map(WeightViews::from);
         let up = UpViews::Fused(view(&self.gate_up)?);
         Ok(ExpertViews {
             up_bias: self.gate_up_bias.as_ref().map(view).transpose()?,

@@ -3,7 +3,7 @@
 use crate::DType;
 use crate::cuda::DevicePtr;
 use crate::cuda::combine::DeviceRows;
-use crate::cuda::grouped_gemm::{BiasPointers, WeightPointers};
+use crate::cuda::grouped_gemm::{BiasPointers, Placement, WeightPointers};
 use crate::error::Error;
 use crate::ffi::cuda::{moe_device_matrix, moe_device_ptr, moe_device_weights};
 use crate::ffi::memory::{check_pointer, dtype, null, read_plain};
