@@ -10,6 +10,7 @@ use candle_core::{CudaStorage, Layout, Result, bail};
 use moe_kernels::DType as Format;
 use moe_kernels::cuda::DevicePtr;
 use moe_kernels::cuda::combine::DeviceRows;
+use moe_kernels::cuda::grouped_gemm::Placement;
 use moe_kernels::cuda::moe::WeightPointers;
 
 /// The storages of one call, and cudarc's note of their use: what other streams do with them waits for this call, and this call for them, where cudarc keeps track.
@@ -164,7 +165,7 @@ impl<'a> Operands<'a> {
             ptr: elements.at(argument, layout, extent)?,
             dtype: elements.format,
             row_stride,
-            expert_stride,
+            placement: Placement::Strided { expert_stride },
         })
     }
 

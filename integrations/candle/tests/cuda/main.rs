@@ -234,6 +234,7 @@ fn a_shared_expert_and_a_correction_bias() {
     };
     let plain = Plain::new(config, h, i, Activation::SWIGLU, moe_kernels::DType::F32).unwrap();
     let shared = SharedExpert {
+        count: 1,
         intermediate: 24,
         activation: Activation::SWIGLU,
         join: SharedJoin::SigmoidGate,
