@@ -40,6 +40,10 @@ pub(in crate::ffi::cuda) unsafe fn layer_create(
     }
     let format = dtype("dtype", c.dtype)?;
     let config = router.config().clone();
+    if config.joint_shared != 0 {
+        let expected = "0: this interface has no shared experts that the router weighs on a GPU";
+        return Err(Fault::value("joint_shared", expected, config.joint_shared));
+    }
     let mut layer = CudaMoeLayer::new(config, c.hidden, c.intermediate, act, format)?
         .with_numerics(numerics(c.numerics)?);
     if c.ys_dtype != 0 {
