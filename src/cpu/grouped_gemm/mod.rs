@@ -31,6 +31,7 @@
 mod epilogue;
 mod kernel;
 mod packing;
+mod panel;
 mod plan;
 mod rows;
 mod storage;
@@ -51,10 +52,8 @@ use crate::grouped_gemm::{Activation, Groups, PackedMatrices};
 use crate::matrix::AnyMatMut;
 use core::ops::Range;
 use epilogue::FinishPanel;
-use kernel::{
-    Kernel, LINE, MicroKernel, PanelBf16, PanelBf16Dot, PanelF16, PanelF32, Prefetch, TileArgs,
-    UNROLL,
-};
+use kernel::{Kernel, MicroKernel, Prefetch, TileArgs};
+use panel::{LINE, PanelBf16, PanelBf16Dot, PanelF16, PanelF32, UNROLL};
 use plan::{MC, Run, Runs, Units};
 
 /// Most columns of a block of sums C while A has to be packed in several parts: C is 96 × 512 × 4 B = 192 KiB at the most, and packing a line of A costs
@@ -401,7 +400,7 @@ impl Task<'_> {
             // SAFETY: `Product::new`'s contract; an earlier product that writes these rows is done (`Units::wait`).
             unsafe {
                 let (source, lines) = (&self.product.source, lines.clone());
-                if K::NATIVE_DOT {
+                if K::PAIRS {
                     s.outline(PackRows::<true>::new(source, rows, lines, tile));
                 } else {
                     s.outline(PackRows::<false>::new(source, rows, lines, tile));
