@@ -90,7 +90,7 @@ pub fn fma_peak(cpu: &Cpu, budget: Duration) -> f64 {
     })
 }
 
-/// FLOP/s of dependent-free native bf16 dot products (`vdpbf16ps`: two multiply-adds a lane), measured like [`fma_peak`]. `None` where `cpu`'s
+/// FLOP/s of dependent-free native bf16 dot products (`vdpbf16ps`, or `bfmlalt` and `bfmlalb`: two multiply-adds a lane), measured like [`fma_peak`]. `None` where `cpu`'s
 /// instruction set has none.
 pub fn bf16_dot_peak(cpu: &Cpu, budget: Duration) -> Option<f64> {
     let flops_per_round = run_rounds(cpu.isa(), 1)?;

@@ -24,7 +24,7 @@
 //! A step costs 2 loads of B and M broadcasts for 2 · M FMAs. With 2 FMAs and 2 loads a cycle the loads hide behind the FMAs from M = 2 on. With few
 //! rows a panel gives too few independent chains (2·M; a latency of 4 cycles and 2 FMA a cycle want 8), so up to four panels run side by side.
 
-use super::panel::{LINE, Native, PanelFormat, UNROLL};
+use super::panel::{LINE, PanelFormat, UNROLL};
 use crate::cpu::simd::{Op, Simd};
 use core::marker::PhantomData;
 
@@ -195,8 +195,8 @@ pub(crate) trait MicroKernel: Copy {
     const WORDS: usize;
     /// Bytes of a panel in one step.
     const STEP_BYTES: usize;
-    /// A word of A holds a pair of 16-bit numbers.
-    const PAIRS: bool;
+    /// See [`PanelFormat::NATIVE_DOT`].
+    const NATIVE_DOT: bool;
 
     /// How many panels to run side by side for a tile of `rows` rows; C needs them as neighbours.
     fn panels_at_once(rows: usize) -> usize;
@@ -217,7 +217,7 @@ pub(crate) struct Kernel<S, Format> {
 
 impl<S: Simd, Format: PanelFormat> Kernel<S, Format> {
     /// # Safety
-    /// The CPU has what `Format::NATIVE` says; for bf16, [`crate::Isa::has_bf16_dot`].
+    /// For a native dot, the CPU has it: [`crate::Isa::has_bf16_dot`].
     #[inline(always)]
     pub(crate) unsafe fn new(simd: S) -> Self {
         Self {
@@ -233,7 +233,7 @@ impl<S: Simd, Format: PanelFormat> Kernel<S, Format> {
     #[inline(always)]
     unsafe fn outline<T: Op<Output = ()>>(self, tile: T) {
         // A constant, so that only one of them is compiled: assemblers refuse the instructions where they are not enabled.
-        if const { matches!(Format::NATIVE, Native::Bf16) } {
+        if const { Format::NATIVE_DOT } {
             // SAFETY: `Kernel::new`'s contract.
             unsafe { self.simd.outline_bf16_dot(tile) }
         } else {
@@ -243,17 +243,18 @@ impl<S: Simd, Format: PanelFormat> Kernel<S, Format> {
 }
 
 impl<S: Simd, Format: PanelFormat> MicroKernel for Kernel<S, Format> {
-    const MR: usize = S::MR
-        - if S::BY_ELEMENT {
+    const MR: usize = {
+        let extra = if S::BY_ELEMENT {
             Format::EXTRA_BY_ELEMENT
         } else {
             Format::EXTRA_REGISTERS
-        }
-        .div_ceil(2);
+        };
+        S::MR - extra.div_ceil(2)
+    };
     const NR: usize = 2 * S::LANES;
     const WORDS: usize = Format::WORDS;
     const STEP_BYTES: usize = 2 * S::LANES * Format::COLUMN_BYTES;
-    const PAIRS: bool = matches!(Format::NATIVE, Native::Bf16);
+    const NATIVE_DOT: bool = Format::NATIVE_DOT;
 
     #[inline(always)]
     fn panels_at_once(rows: usize) -> usize {

@@ -400,7 +400,7 @@ impl Task<'_> {
             // SAFETY: `Product::new`'s contract; an earlier product that writes these rows is done (`Units::wait`).
             unsafe {
                 let (source, lines) = (&self.product.source, lines.clone());
-                if K::PAIRS {
+                if K::NATIVE_DOT {
                     s.outline(PackRows::<true>::new(source, rows, lines, tile));
                 } else {
                     s.outline(PackRows::<false>::new(source, rows, lines, tile));

@@ -5,8 +5,8 @@
 //!
 //! Arm's `bfmlalt` and `bfmlalb` are a step each, so the order is ours. The architecture has them widen both numbers and do one fused multiply-add in f32, "without
 //! intermediate rounding", under all control bits of FPCR as `fmla` is. With the FPCR that a Rust program runs under (all zeros) that is the widening path to
-//! the last bit, subnormals included, and no exception is made for them here. What FPCR.FZ and the rounding mode change, they change for `fmla` too; under FPCR.AH
-//! (FEAT_AFP) the instruction flushes subnormals where `fmla` does not, and then the test fails and the widening path stays. FPCR.EBF is about `bfdot` and
+//! the last bit, subnormals included, and no exception is made for them here. What FPCR.FZ and the rounding mode change, they change for `fmla` too. FPCR.AH
+//! (FEAT_AFP), which no Rust program may set, could part the two; that was not tried, for want of an emulator that has it. FPCR.EBF is about `bfdot` and
 //! `bfmmla`, which round between the products or not at all: other bits, not used.
 //!
 //! A CPU that does otherwise is found out at start-up and takes the widening path, whose bits are the contract.
