@@ -19,9 +19,8 @@ use std::sync::OnceLock;
 /// Whether `isa` has a bf16 dot product here and it passed the test; found once.
 pub(crate) fn usable(isa: Isa) -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
-    // One of these at the most is in a build.
-    matches!(isa, Isa::Avx512 | Isa::Neon)
-        && *FOUND.get_or_init(|| detected(isa) && hunt(isa, 0, 4096).is_none())
+    // At the most one instruction set of a build gets as far as the test.
+    detected(isa) && *FOUND.get_or_init(|| hunt(isa, 0, 4096).is_none())
 }
 
 /// Whether the CPU says that it has the instruction.
@@ -233,9 +232,8 @@ fn special(word: u32) -> u32 {
     half(word & 0xffff) | half(word >> 16) << 16
 }
 
-/// Subnormal and small operands: products of 2⁻¹⁵¹ … 2⁻¹²⁰, sums of up to 2⁻¹¹⁹, and every fourth half of a a subnormal number.
+/// Operands whose products and sums lie around the smallest normal number, 2⁻¹²⁶: halves of a that are subnormal or below 2⁻¹¹⁹, of b from 2⁻⁸ to 2⁸, c below 2⁻¹¹⁹.
 fn tiny([a, b, c]: [u32; 3]) -> [u32; 3] {
-    // 2⁻¹³⁵ and below is subnormal in bf16, 2⁻⁸ … 2⁷ times 2⁻¹⁴³ … 2⁻¹²⁷ are the products.
     let small = |h: u32| match h & 3 {
         0 => h & 0x807f,
         _ => h & 0x807f | (h >> 7 & 7) << 7,
