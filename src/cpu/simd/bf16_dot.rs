@@ -296,7 +296,8 @@ mod tests {
         assert!(differ.count() > 50);
     }
 
-    /// The hunt would find instructions that flush subnormals (read, or written after each step), that round the products, or that fuse all three terms.
+    /// The hunt would find instructions that flush subnormals (read, or written after each step), or that fuse all three terms. (Products of two bf16 are exact
+    /// in f32: rounding them first would show only where they are subnormal.)
     #[test]
     fn the_hunt_would_show_other_arithmetic() {
         let flush = |v: f32| {
@@ -307,7 +308,7 @@ mod tests {
             }
         };
         let same = |v: f32, w: f32| v.to_bits() == w.to_bits() || (v.is_nan() && w.is_nan());
-        let (mut state, mut differ) = (7, [0; 4]);
+        let (mut state, mut differ) = (7, [0; 3]);
         for vector in 0..4096 {
             let [a, b, c] = operands(&mut state, vector);
             let c = f32::from_bits(c);
@@ -317,7 +318,6 @@ mod tests {
             let wrong = [
                 flush(ea).mul_add(flush(eb), flush(oa).mul_add(flush(ob), c)),
                 flush(ea.mul_add(eb, flush(oa.mul_add(ob, c)))),
-                ea * eb + (oa * ob + c),
                 (f64::from(ea) * f64::from(eb) + (f64::from(oa) * f64::from(ob) + f64::from(c)))
                     as f32,
             ];
