@@ -146,7 +146,7 @@ impl Op for HuntBelow {
             }
             if const { S::BY_ELEMENT } {
                 macro_rules! by_element {
-                    ($($word:literal)*) => {$(
+                    ($($word:literal)*) => {$({
                         // SAFETY: as above.
                         let native = unsafe {
                             let odd = s.fma_bf16_element::<{ 2 * $word + 1 }>(c, a, b);
@@ -158,7 +158,7 @@ impl Op for HuntBelow {
                         if let Some(found) = compare(s, &lanes, native, chained) {
                             return Some(found);
                         }
-                    )*};
+                    })*};
                 }
                 by_element!(0 1 2 3);
             }
