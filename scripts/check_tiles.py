@@ -6,11 +6,12 @@
 
 For the loop that holds most of a tile's multiply-adds it counts instructions and asks that
 
-* the multiply-add is the one meant, on whole vectors: vfmadd on zmm or ymm, vdpbf16ps on zmm, fmla on .4s;
+* the multiply-add is the one meant, on whole vectors: vfmadd on zmm or ymm, vdpbf16ps on zmm, fmla, bfmlalb and bfmlalt on .4s (never bfdot or
+  bfmmla, whose sums have other bits);
 * nothing goes through the stack, but where ALLOWED says so and why;
 * there are few instructions beside the multiply-adds, loads and broadcasts of the drawing in kernel.rs.
 
-It prints instructions for each multiply-add beside the least possible: 2·M·P multiply-adds, 2·P loads of B (and widenings), M broadcasts a step.
+It prints instructions for each multiply-add beside the least possible: see `least_for`.
 """
 
 import os
@@ -28,9 +29,10 @@ MEANT = {
     "avx512 dot": (r"^vdpbf16ps\s.*%zmm", "vdpbf16ps on zmm"),
     "avx2": (r"^vfmadd\d+ps\s.*%ymm", "vfmadd on ymm"),
     "neon": (r"^fmla(\.4s\s|\s+v\d+\.4s)", "fmla on .4s"),
+    "neon dot": (r"^bfmlal[bt]\s+v\d+\.4s", "bfmlalb and bfmlalt on .4s"),
 }
 # Multiply-adds of any shape, to find the loop.
-ANY = re.compile(r"^(vfn?madd\d+|vdpbf16ps|fmla|fmadd)")
+ANY = re.compile(r"^(vfn?madd\d+|vdpbf16ps|fmla|fmadd|bfmlal|bfdot|bfmmla)")
 STACK = {"x86": re.compile(r"\(%(rsp|rbp)"), "arm": re.compile(r"\[(sp|x29)")}
 # Stack accesses for every 100 multiply-adds that are known and measured: (isa, format) of the largest tiles.
 # AVX2, f16: twelve sums, two columns and a broadcast leave one of sixteen registers; the compiler puts a column's conversion aside now and then.
@@ -102,7 +104,7 @@ def hot_loop(lines):
 
 def judge(tile, body):
     """(complaints, line of the table) of one tile."""
-    kind = "avx512 dot" if tile.format == "Bf16Dot" else tile.isa
+    kind = f"{tile.isa} dot" if tile.format == "Bf16Dot" else tile.isa
     meant, words = MEANT[kind]
     stack = STACK["arm" if tile.isa == "neon" else "x86"]
     fmas = [b for b in body if re.match(meant, b)]
@@ -128,14 +130,29 @@ def judge(tile, body):
         complaints.append(f"{spills} stack accesses in the hot loop")
     if counts["beside"] > MOST_BESIDE * n + 8:
         complaints.append(f"{counts['beside']} instructions beside for {n} multiply-adds")
-    # The step holds 2·M·P multiply-adds (widened bf16: twice as many).
-    least = 1 + (2 * tile.p + tile.m) / (2 * tile.m * tile.p)
+    least = least_for(tile)
     row = (
         f"{tile.isa:7} {tile.format:8} {tile.m:2} × {tile.p}{' stream' if tile.stream else '       '}"
         f" {len(fmas):4} FMA {counts['loads']:4} loads {counts['broadcasts']:4} broadcasts {counts['prefetches']:3} prefetches"
         f" {counts['beside']:4} beside {spills:3} stack   {len(body) / n:.2f} an FMA, least {least:.2f}"
     )
     return complaints, row
+
+
+def least_for(tile):
+    """The fewest instructions for each multiply-add that the drawing allows."""
+    m, p = tile.m, tile.p
+    if tile.isa != "neon":
+        # A step holds 2·M·P multiply-adds (widened bf16: twice as many), loads of B and broadcasts.
+        return 1 + (2 * p + m) / (2 * m * p)
+    # Four steps at once: loads of B in pairs of vectors, widenings, and loads of A, of which one brings four words.
+    fmas, b, widenings, a = {
+        "F32": (8, 4, 0, 1),
+        "F16": (8, 2, 8, 1),
+        "Bf16": (16, 4, 16, 2),
+        "Bf16Dot": (16, 4, 0, 1),
+    }[tile.format]
+    return 1 + ((b + widenings) * p + a * m) / (fmas * m * p)
 
 
 def largest(tiles):
@@ -184,7 +201,7 @@ def check(texts, wanted):
 
 
 X86 = {("avx512", f) for f in ("F32", "F16", "Bf16", "Bf16Dot")} | {("avx2", f) for f in ("F32", "F16", "Bf16")}
-NEON = {("neon", f) for f in ("F32", "F16", "Bf16")}
+NEON = {("neon", f) for f in ("F32", "F16", "Bf16", "Bf16Dot")}
 
 
 def self_test():
@@ -198,7 +215,13 @@ def self_test():
         "narrow vectors": sound.replace("zmm", "xmm"),
         "no tile": sound.replace("PanelF32", "PanelF31"),
     }
+    arm = "_RINv4neon13call_bf16_dotINtB2_4TileNtB2_12PanelBf16DotKj2_Kj1_Kb0_EE"
+    pair = "\tbfmlalt\tv1.4s, v2.8h, v3.h[1]\n\tbfmlalb\tv1.4s, v2.8h, v3.h[0]\n"
+    native = f"{arm}:\n.LBB0_1:\n" + pair * 8 + "\tldp\tq2, q4, [x10]\n\tb.ne\t.LBB0_1\n\tret\n"
     assert check([sound], wanted) == 0, "the sound listing fails"
+    assert check([native], {("neon", "Bf16Dot")}) == 0, "the sound listing of NEON fails"
+    for other in ("\tbfdot\tv1.4s, v2.8h, v3.8h\n", "\tfmla\tv1.4s, v2.4s, v3.4s\n", "\tldr\tq1, [sp]\n"):
+        assert check([native.replace("\tldp", other + "\tldp")], {("neon", "Bf16Dot")}) > 0, f"{other.strip()} passes"
     for what, text in doctored.items():
         assert check([text], wanted) > 0, f"{what} passes"
     print("self-test passed")

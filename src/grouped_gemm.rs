@@ -12,9 +12,9 @@
 //! # Numerics
 //! Every output element is one chain of fused multiply-adds in f32 from +0, in ascending k (bf16 weights: pairs of k, odd element first). Then the bias is
 //! added, then the activation applied, then the result rounded once to the output's format. Subnormal bf16 numbers are read as zeros of their
-//! sign, weights and, where the weights are bf16, activations alike, since that is what the native bf16 instructions of x86 and Arm do. So the
+//! sign, weights and, where the weights are bf16, activations alike, since that is what x86's native bf16 instruction does. So the
 //! bits depend on neither the instruction set, the number of threads, nor the other rows. Two exceptions: the payload of a NaN, and a partial sum that is
-//! itself subnormal, once native bf16 instructions are in use.
+//! itself subnormal, once x86's native bf16 instruction is in use.
 
 use crate::cpu::Cpu;
 use crate::cpu::grouped_gemm::{

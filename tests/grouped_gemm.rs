@@ -263,6 +263,47 @@ fn nan_passes_through_every_activation() {
     }
 }
 
+/// A subnormal bf16 counts as a zero in rows and in weights, wherever it stands: the other factor is so large that its product would show.
+#[test]
+fn subnormal_bf16_numbers_count_as_zeros() {
+    for (rows, k) in [(1, 7), (3, 40), (23, 33), (23, 8)] {
+        for at in 0..k {
+            for in_rows in [true, false] {
+                let (n, tiny, large) = (19, -1e-40, 1e36);
+                let place = |len: usize, tiny_here: bool| -> Vec<f32> {
+                    let at = |i: usize| if i % k == at { tiny } else { 0.0 };
+                    (0..len)
+                        .map(|i| if tiny_here { at(i) } else { large })
+                        .collect()
+                };
+                let x = Stored::new(DType::BF16, &place(rows * k, in_rows));
+                let w = Stored::new(DType::BF16, &place(n * k, !in_rows));
+                for cpu in cpus() {
+                    let mut packed = PackedMatrices::new(&cpu, n, k, DType::BF16).unwrap();
+                    packed.push(&cpu, w.view(n, k), None).unwrap();
+                    let mut out = vec![f32::NAN; rows * n];
+                    grouped_gemm_into(
+                        &cpu,
+                        x.view(rows, k),
+                        None,
+                        &packed,
+                        Groups::Ragged {
+                            offsets: &[0, rows],
+                            counts: &[rows],
+                        },
+                        None,
+                        MatMut::new(&mut out, rows, n).unwrap().into(),
+                        &mut vec![0xff; scratch_bytes(&cpu)],
+                    )
+                    .unwrap();
+                    let what = format!("{} native {}: k {at} of {k}", cpu.isa(), cpu.native_bf16());
+                    assert_same_bits(&out, &vec![0.0; rows * n], &what);
+                }
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(cases(32))]
 

@@ -57,8 +57,9 @@ impl Isa {
         }
     }
 
-    /// Whether this CPU has a dot product of bf16 pairs beside this ISA (x86's `vdpbf16ps`) that computes two chained fused multiply-adds, the odd
-    /// element first. It does so by Intel's manual, on Zen 4 and 5 and on Emerald Rapids; a test at the first call makes sure of it.
+    /// Whether this CPU has bf16 instructions beside this ISA that compute two chained fused multiply-adds for a pair, the odd element first: x86's
+    /// `vdpbf16ps`, or Arm's `bfmlalt` and then `bfmlalb`. They do so by their makers' manuals, and the first on Zen 4, Zen 5 and Emerald Rapids; a test at the first call
+    /// makes sure of it.
     pub fn has_bf16_dot(self) -> bool {
         super::simd::bf16_dot::usable(self)
     }

@@ -24,158 +24,9 @@
 //! A step costs 2 loads of B and M broadcasts for 2 · M FMAs. With 2 FMAs and 2 loads a cycle the loads hide behind the FMAs from M = 2 on. With few
 //! rows a panel gives too few independent chains (2·M; a latency of 4 cycles and 2 FMA a cycle want 8), so up to four panels run side by side.
 
+use super::panel::{LINE, PanelFormat, UNROLL};
 use crate::cpu::simd::{Op, Simd};
 use core::marker::PhantomData;
-
-/// Words of A that lie together: a cache line on every machine that matters.
-pub(crate) const LINE: usize = 16;
-
-/// One kind of packed panel with one kind of A: how many k a step takes and how a step reads both.
-pub(crate) trait PanelFormat: Copy + Send + Sync + 'static {
-    /// k values in a step of B; K is padded with zeros to a multiple of it.
-    const STEP: usize;
-    /// Bytes of one column in one step.
-    const COLUMN_BYTES: usize;
-    /// Words of A in a step; they divide [`LINE`].
-    const WORDS: usize;
-    /// Registers that a step wants beyond the accumulators, two vectors of B and a broadcast.
-    const EXTRA_REGISTERS: usize = 0;
-    /// A word holds a pair of bf16, for the native dot.
-    const NATIVE_DOT: bool = false;
-
-    /// Continues the chains of `acc` by one step. Row i's words of this step are at `a + i · LINE`.
-    ///
-    /// # Safety
-    /// `a` is valid for WORDS words at each of the M places and `b` for 2 × LANES × COLUMN_BYTES bytes; with `NATIVE_DOT` only below
-    /// [`Simd::outline_bf16_dot`].
-    unsafe fn step<S: Simd, const M: usize>(
-        s: S,
-        acc: &mut [[S::F; 2]; M],
-        a: *const f32,
-        b: *const u8,
-    );
-}
-
-/// f32 weights: one k a step.
-#[derive(Clone, Copy)]
-pub(crate) struct PanelF32;
-/// f16 weights, widened exactly: one k a step.
-#[derive(Clone, Copy)]
-pub(crate) struct PanelF16;
-/// bf16 weights: two k a step, the even one in the lower half of a 32-bit word, the odd one in the upper half; A is f32.
-#[derive(Clone, Copy)]
-pub(crate) struct PanelBf16;
-/// The same panels, and pairs of bf16 in A too: one native dot product for each vector.
-#[derive(Clone, Copy)]
-pub(crate) struct PanelBf16Dot;
-
-/// One FMA of every accumulator with the row values `a[i · LINE]` and the columns `b`.
-///
-/// # Safety
-/// `a` is valid at these M places.
-#[inline(always)]
-unsafe fn rank1<S: Simd, const M: usize>(
-    s: S,
-    acc: &mut [[S::F; 2]; M],
-    a: *const f32,
-    b: [S::F; 2],
-) {
-    for (i, row) in acc.iter_mut().enumerate() {
-        // SAFETY: i < M.
-        let x = s.splat(unsafe { *a.add(i * LINE) });
-        row[0] = s.fma(x, b[0], row[0]);
-        row[1] = s.fma(x, b[1], row[1]);
-    }
-}
-
-impl PanelFormat for PanelF32 {
-    const STEP: usize = 1;
-    const COLUMN_BYTES: usize = 4;
-    const WORDS: usize = 1;
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const M: usize>(
-        s: S,
-        acc: &mut [[S::F; 2]; M],
-        a: *const f32,
-        b: *const u8,
-    ) {
-        let b = b.cast::<f32>();
-        // SAFETY: the caller's contract.
-        unsafe { rank1(s, acc, a, [s.load(b), s.load(b.add(S::LANES))]) }
-    }
-}
-
-impl PanelFormat for PanelF16 {
-    const STEP: usize = 1;
-    const COLUMN_BYTES: usize = 2;
-    const WORDS: usize = 1;
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const M: usize>(
-        s: S,
-        acc: &mut [[S::F; 2]; M],
-        a: *const f32,
-        b: *const u8,
-    ) {
-        let b = b.cast::<u16>();
-        // SAFETY: the caller's contract.
-        unsafe { rank1(s, acc, a, [s.load_f16(b), s.load_f16(b.add(S::LANES))]) }
-    }
-}
-
-impl PanelFormat for PanelBf16 {
-    const STEP: usize = 2;
-    const COLUMN_BYTES: usize = 4;
-    const WORDS: usize = 2;
-    // Both halves of B at once, and the mask. One row too many and the tile spills: 58% of the peak instead of 86% (AVX2).
-    const EXTRA_REGISTERS: usize = 2;
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const M: usize>(
-        s: S,
-        acc: &mut [[S::F; 2]; M],
-        a: *const f32,
-        b: *const u8,
-    ) {
-        let b = b.cast::<i32>();
-        // SAFETY: the caller's contract.
-        let words = unsafe { [s.load_i(b), s.load_i(b.add(S::LANES))] };
-        let odd = words.map(|w| s.odd_bf16(w));
-        let even = words.map(|w| s.even_bf16(w));
-        // SAFETY: `a` holds 2 words of each row.
-        unsafe {
-            rank1(s, acc, a.add(1), odd);
-            rank1(s, acc, a, even);
-        }
-    }
-}
-
-impl PanelFormat for PanelBf16Dot {
-    const STEP: usize = 2;
-    const COLUMN_BYTES: usize = 4;
-    const WORDS: usize = 1;
-    const NATIVE_DOT: bool = true;
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const M: usize>(
-        s: S,
-        acc: &mut [[S::F; 2]; M],
-        a: *const f32,
-        b: *const u8,
-    ) {
-        let (a, b) = (a.cast::<i32>(), b.cast::<i32>());
-        // SAFETY: the caller's contract.
-        unsafe {
-            let (left, right) = (s.load_i(b), s.load_i(b.add(S::LANES)));
-            for (i, row) in acc.iter_mut().enumerate() {
-                let pair = s.splat_i(*a.add(i * LINE));
-                row[0] = s.dot_bf16(row[0], pair, left);
-                row[1] = s.dot_bf16(row[1], pair, right);
-            }
-        }
-    }
-}
 
 /// The operands of one tile.
 #[derive(Clone, Copy)]
@@ -238,9 +89,6 @@ impl Prefetch {
     };
 }
 
-/// Steps between two turns at prefetching; also hides the loop's own instructions.
-pub(crate) const UNROLL: usize = 4;
-
 /// M rows × P panels. `PACE` is a [`Pace`].
 struct Tile<Format, const M: usize, const P: usize, const PACE: u8> {
     args: TileArgs,
@@ -279,15 +127,19 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
         }
         let (mut a, mut b, mut ahead) = (t.a, t.b, t.prefetch.from);
         // A macro and not a closure: a closure that is not inlined would lose the instruction set (it did: 30 times slower).
-        macro_rules! step {
-            () => {
-                for (p, panel) in acc.iter_mut().enumerate() {
-                    // SAFETY: `MicroKernel::run`'s contract: A and B hold `steps` steps.
-                    unsafe { Format::step::<S, M>(s, panel, a, b.add(p * t.b_stride)) };
-                }
-                a = a.wrapping_add(Format::WORDS);
-                b = b.wrapping_add(nr * Format::COLUMN_BYTES);
+        macro_rules! advance {
+            ($by:ident, $steps:expr) => {
+                advance!($by, $steps, 0 1 2 3);
+                a = a.wrapping_add($steps * Format::WORDS);
+                b = b.wrapping_add($steps * nr * Format::COLUMN_BYTES);
             };
+            // Not a loop, which the compiler would leave one if its body is long, with the sums in memory.
+            ($by:ident, $steps:expr, $($p:literal)*) => {$(
+                if const { $p < P } {
+                    // SAFETY: `MicroKernel::run`'s contract: A and B hold `steps` steps.
+                    unsafe { Format::$by::<S, M>(s, &mut acc[$p], a, b.add($p * t.b_stride)) };
+                }
+            )*};
         }
         macro_rules! ask {
             ($lines:expr) => {
@@ -316,16 +168,23 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
                 if PACE == COUNTED {
                     ask!(t.prefetch.lines);
                 }
+                if const { S::BY_ELEMENT } {
+                    if PACE != COUNTED {
+                        ask!(step_bytes * UNROLL / 64);
+                    }
+                    advance!(steps, UNROLL);
+                    continue;
+                }
                 for u in 0..UNROLL {
                     if PACE != COUNTED {
                         // Constants once the loop is unrolled.
                         ask!(step_bytes * (u + 1) / 64 - step_bytes * u / 64);
                     }
-                    step!();
+                    advance!(step, 1);
                 }
             }
             for _ in 0..now % UNROLL {
-                step!();
+                advance!(step, 1);
             }
             // On to the next line of the first row. After a line that is not full nothing follows.
             a = a.wrapping_add(M * LINE - LINE);
@@ -393,7 +252,8 @@ impl<S: Simd, Format: PanelFormat> Kernel<S, Format> {
     /// That of the tile.
     #[inline(always)]
     unsafe fn outline<T: Op<Output = ()>>(self, tile: T) {
-        if Format::NATIVE_DOT {
+        // A constant, so that only one of them is compiled: assemblers refuse the instructions where they are not enabled.
+        if const { Format::NATIVE_DOT } {
             // SAFETY: `Kernel::new`'s contract.
             unsafe { self.simd.outline_bf16_dot(tile) }
         } else {
@@ -403,7 +263,14 @@ impl<S: Simd, Format: PanelFormat> Kernel<S, Format> {
 }
 
 impl<S: Simd, Format: PanelFormat> MicroKernel for Kernel<S, Format> {
-    const MR: usize = S::MR - Format::EXTRA_REGISTERS.div_ceil(2);
+    const MR: usize = {
+        let extra = if S::BY_ELEMENT {
+            Format::EXTRA_BY_ELEMENT
+        } else {
+            Format::EXTRA_REGISTERS
+        };
+        S::MR - extra.div_ceil(2)
+    };
     const NR: usize = 2 * S::LANES;
     const WORDS: usize = Format::WORDS;
     const STEP_BYTES: usize = 2 * S::LANES * Format::COLUMN_BYTES;

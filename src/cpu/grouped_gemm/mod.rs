@@ -31,6 +31,7 @@
 mod epilogue;
 mod kernel;
 mod packing;
+mod panel;
 mod plan;
 mod rows;
 mod storage;
@@ -52,10 +53,8 @@ use crate::grouped_gemm::{Activation, Groups, PackedMatrices};
 use crate::matrix::AnyMatMut;
 use core::ops::Range;
 use epilogue::FinishPanel;
-use kernel::{
-    Kernel, LINE, MicroKernel, Pace, PanelBf16, PanelBf16Dot, PanelF16, PanelF32, Prefetch,
-    TileArgs, UNROLL,
-};
+use kernel::{Kernel, MicroKernel, Pace, Prefetch, TileArgs};
+use panel::{LINE, PanelBf16, PanelBf16Dot, PanelF16, PanelF32, UNROLL};
 use plan::{MC, Run, Runs, Units};
 
 /// Most columns of a block of sums C while A has to be packed in several parts: C is 96 × 512 × 4 B = 192 KiB at the most, and packing a line of A costs

@@ -12,7 +12,7 @@
 
 mod direct;
 
-use super::kernel::{PanelBf16, PanelF16, PanelF32, PanelFormat};
+use super::panel::{PanelBf16, PanelF16, PanelF32, PanelFormat};
 use super::storage::Storage;
 use crate::cpu::Cpu;
 use crate::cpu::caches::caches;

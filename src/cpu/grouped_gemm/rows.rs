@@ -7,7 +7,7 @@
 //! A line holds sixteen 32-bit words: f32, or pairs of bf16 as they lie in memory. So packing is a copy, a line at a time, with the widening on the
 //! way; a transposition, which a `[k][row]` layout would want, took as long as a tenth of the product.
 
-use super::kernel::LINE;
+use super::panel::LINE;
 use crate::cpu::out_rows::OutRows;
 use crate::cpu::simd::Simd;
 use crate::element::DType;
@@ -127,6 +127,17 @@ fn flush<S: Simd>(s: S, bits: S::I) -> S::I {
     s.select_i(s.gt_i(exponent, s.splat_i(0)), bits, sign)
 }
 
+/// [`crate::element::flush_bf16`] of both halves of each word: where the exponent is zero, only the sign stays.
+#[inline(always)]
+pub(super) fn flush_pairs<S: Simd>(s: S, words: S::I) -> S::I {
+    let has_exponent = |bits| s.gt_i(s.and_i(words, s.splat_i(bits)), s.splat_i(0));
+    let kept = |bits, all: i32| s.select_i(has_exponent(bits), s.splat_i(all), s.splat_i(0));
+    let odd = kept(0x7f80_0000, 0x7fff_0000);
+    let even = kept(0x7f80, 0x7fff);
+    let signs = s.splat_i(0x8000_8000_u32 as i32);
+    s.and_i(words, s.or_i(signs, s.or_i(odd, even)))
+}
+
 /// How a line is read from neighbouring elements.
 trait LineFormat {
     /// Bytes of the elements of one word.
@@ -143,7 +154,7 @@ struct LineF32;
 struct LineF16;
 /// `FLUSH`: subnormals read as zeros.
 struct LineBf16<const FLUSH: bool>;
-/// Pairs of bf16, as they lie in memory: the native dot flushes by itself.
+/// Pairs of bf16 as they lie in memory, subnormals read as zeros where the instruction that takes them does not read them so.
 struct LinePairs;
 
 impl LineFormat for LineF32 {
@@ -179,7 +190,12 @@ impl LineFormat for LinePairs {
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, p: *const u8) -> S::F {
         // SAFETY: the caller's contract.
-        s.from_bits(unsafe { s.load_i(p.cast()) })
+        let words = unsafe { s.load_i(p.cast()) };
+        s.from_bits(if const { S::BF16_DOT_FLUSHES } {
+            words
+        } else {
+            flush_pairs(s, words)
+        })
     }
 }
 

@@ -35,6 +35,7 @@ impl Simd for Avx512 {
     const MR: usize = 14;
 
     const BF16_DOT: bool = true;
+    const BF16_DOT_FLUSHES: bool = true;
 
     type F = __m512;
     type I = __m512i;

@@ -33,7 +33,8 @@ pub(crate) const MAX_LANES: usize = 16;
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Lanes of a vector: 4, 8 or 16.
     const LANES: usize;
-    /// Rows of the matrix tile: as many as leave MR × 2 accumulators, two panel vectors and one broadcast in registers.
+    /// Rows of the matrix tile: as many as leave MR × 2 accumulators, two panel vectors and one broadcast in registers; with [`Simd::BY_ELEMENT`], eight panel
+    /// vectors and two of A.
     const MR: usize;
 
     /// Vector of f32.
@@ -51,6 +52,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// [`Isa::has_bf16_dot`] to say.
     const BF16_DOT: bool = false;
 
+    /// Whether that dot product reads subnormal bf16 as zeros. Where it does not, whoever packs its operands sees to it.
+    const BF16_DOT_FLUSHES: bool = false;
+
+    /// Whether [`Simd::fma_element`] and [`Simd::fma_bf16_element`] are instructions; vectors have four lanes then.
+    const BY_ELEMENT: bool = false;
+
     /// As [`Simd::outline`], with the bf16 dot product among the instructions.
     ///
     /// # Safety
@@ -60,14 +67,29 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.outline(op)
     }
 
-    /// `fma(even(a), even(b), fma(odd(a), odd(b), c))` for the two bf16 numbers in each lane's word, the even one in its lower half. Subnormal
-    /// inputs count as zeros; subnormal sums may.
+    /// `fma(even(a), even(b), fma(odd(a), odd(b), c))` for the two bf16 numbers in each lane's word, the even one in its lower half. With
+    /// [`Simd::BF16_DOT_FLUSHES`], subnormal inputs count as zeros and subnormal sums may.
     ///
     /// # Safety
     /// Only below [`Simd::outline_bf16_dot`].
     #[inline(always)]
     unsafe fn dot_bf16(self, c: Self::F, a: Self::I, b: Self::I) -> Self::F {
         self.dot_bf16_by_fma(c, a, b)
+    }
+    /// Half a step of [`Simd::dot_bf16`] by element: `fma(h, odd(b), c)` for an odd H, else `fma(h, even(b), c)`, where h is the bf16 number H of `a`.
+    ///
+    /// # Safety
+    /// Only below [`Simd::outline_bf16_dot`].
+    #[inline(always)]
+    unsafe fn fma_bf16_element<const H: i32>(self, c: Self::F, a: Self::I, b: Self::I) -> Self::F {
+        let mut lanes = [0; MAX_LANES];
+        self.store_slice_i(&mut lanes, a);
+        let word = self.splat_i(lanes[H as usize / 2]);
+        if H % 2 == 1 {
+            self.fma(self.odd_bf16(word), self.odd_bf16(b), c)
+        } else {
+            self.fma(self.even_bf16(word), self.even_bf16(b), c)
+        }
     }
 
     /// All lanes `x`.
@@ -81,6 +103,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn prefetch_l2(self, p: *const u8) {
         self.prefetch(p);
     }
+    /// Keeps the compiler from moving loads across this place, where it would run out of registers.
+    #[inline(always)]
+    fn keep_order(self) {}
     /// `LANES` floats from memory, any alignment.
     ///
     /// # Safety
@@ -145,6 +170,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn sqrt(self, a: Self::F) -> Self::F;
     /// a · b + c, rounded once.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// `fma(a[L], b, c)`: lane L of a with all of b.
+    #[inline(always)]
+    fn fma_element<const L: i32>(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        let mut lanes = [0.0; MAX_LANES];
+        self.store_slice(&mut lanes, a);
+        self.fma(self.splat(lanes[L as usize]), b, c)
+    }
     /// `if a > b { a } else { b }`: b when either is NaN.
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
     /// `if a < b { a } else { b }`: b when either is NaN.

@@ -17,13 +17,26 @@ pub(super) unsafe fn call<O: Op>(op: O) -> O::Output {
     op.run(Neon(()))
 }
 
+/// Runs `op` compiled with bf16 too.
+///
+/// # Safety
+/// The CPU has these features.
+#[inline(never)]
+#[target_feature(enable = "neon,bf16")]
+unsafe fn call_bf16_dot<O: Op>(op: O) -> O::Output {
+    op.run(Neon(()))
+}
+
 // Every `unsafe` below rests on the token: a `Neon` is only made in `call`, whose caller has checked the CPU.
 impl Simd for Neon {
     const LANES: usize = 4;
-    // 12 × 2 accumulators + 2 panel vectors + broadcasts = 27 of 32 registers; 24 chains cover latency 4 × 4 FMA a cycle = 16.
-    // 22 sums, two vectors of B, and A by elements of vectors that hold four k each. A twelfth row spills: 2.15 instructions for each multiply-add instead of
-    // 1.75 (scripts/check_tiles.py).
-    const MR: usize = 11;
+    // 10 × 2 accumulators + 8 vectors of B (four k) + 2 of A by whose elements is multiplied = 30 of 32 registers. 20 chains cover latency 4 × 4 FMA a cycle.
+    // An eleventh row spills. Eleven rows that broadcast each word of A instead need 1.61 instructions for each multiply-add of f32, these ten 1.32
+    // (scripts/check_tiles.py).
+    const MR: usize = 10;
+
+    const BF16_DOT: bool = true;
+    const BY_ELEMENT: bool = true;
 
     type F = float32x4_t;
     type I = int32x4_t;
@@ -33,6 +46,40 @@ impl Simd for Neon {
     fn outline<O: Op>(self, op: O) -> O::Output {
         // SAFETY: the token.
         unsafe { call(op) }
+    }
+    #[inline(always)]
+    unsafe fn outline_bf16_dot<O: Op>(self, op: O) -> O::Output {
+        // SAFETY: the token, and the caller's contract.
+        unsafe { call_bf16_dot(op) }
+    }
+    // The intrinsics of bf16 are not stable. The instructions are fused multiply-adds into f32 (see `bf16_dot.rs`): "top" is the odd element.
+    #[inline(always)]
+    unsafe fn dot_bf16(self, mut c: Self::F, a: Self::I, b: Self::I) -> Self::F {
+        // SAFETY: the caller's contract.
+        unsafe {
+            core::arch::asm!("bfmlalt {c:v}.4s, {a:v}.8h, {b:v}.8h", "bfmlalb {c:v}.4s, {a:v}.8h, {b:v}.8h",
+                c = inout(vreg) c, a = in(vreg) a, b = in(vreg) b, options(pure, nomem, nostack, preserves_flags));
+        }
+        c
+    }
+    #[inline(always)]
+    unsafe fn fma_bf16_element<const H: i32>(
+        self,
+        mut c: Self::F,
+        a: Self::I,
+        b: Self::I,
+    ) -> Self::F {
+        // SAFETY: the caller's contract. An element can be taken of the first sixteen registers only.
+        unsafe {
+            if const { H % 2 == 1 } {
+                core::arch::asm!("bfmlalt {c:v}.4s, {b:v}.8h, {a:v}.h[{h}]", h = const H,
+                    c = inout(vreg) c, b = in(vreg) b, a = in(vreg_low16) a, options(pure, nomem, nostack, preserves_flags));
+            } else {
+                core::arch::asm!("bfmlalb {c:v}.4s, {b:v}.8h, {a:v}.h[{h}]", h = const H,
+                    c = inout(vreg) c, b = in(vreg) b, a = in(vreg_low16) a, options(pure, nomem, nostack, preserves_flags));
+            }
+        }
+        c
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -45,6 +92,11 @@ impl Simd for Neon {
         unsafe {
             core::arch::asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(nostack, readonly, preserves_flags));
         }
+    }
+    #[inline(always)]
+    fn keep_order(self) {
+        // SAFETY: no instruction. What matters is that it might touch memory, for all that the compiler knows.
+        unsafe { core::arch::asm!("", options(nostack, preserves_flags)) }
     }
     #[inline(always)]
     unsafe fn load(self, p: *const f32) -> Self::F {
@@ -118,6 +170,11 @@ impl Simd for Neon {
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         // SAFETY: the token.
         unsafe { vfmaq_f32(c, a, b) }
+    }
+    #[inline(always)]
+    fn fma_element<const L: i32>(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: the token.
+        unsafe { vfmaq_laneq_f32::<L>(c, b, a) }
     }
     #[inline(always)]
     fn max(self, a: Self::F, b: Self::F) -> Self::F {

@@ -9,7 +9,8 @@
 //! 3. Each line of the source is asked for ahead of its use and then read once.
 
 use super::{Columns, PanelLayout, pack_any};
-use crate::cpu::grouped_gemm::kernel::LINE;
+use crate::cpu::grouped_gemm::panel::LINE;
+use crate::cpu::grouped_gemm::rows::flush_pairs;
 use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::element::DType;
 use core::mem::MaybeUninit;
@@ -205,17 +206,6 @@ impl Word for WordBf16 {
         // SAFETY: the caller's contract.
         unsafe { gather_pairs(s, from, k_stride) }
     }
-}
-
-/// [`crate::element::flush_bf16`] of both halves of each word: where the exponent is zero, only the sign stays.
-#[inline(always)]
-fn flush_pairs<S: Simd>(s: S, words: S::I) -> S::I {
-    let has_exponent = |bits| s.gt_i(s.and_i(words, s.splat_i(bits)), s.splat_i(0));
-    let kept = |bits, all: i32| s.select_i(has_exponent(bits), s.splat_i(all), s.splat_i(0));
-    let odd = kept(0x7f80_0000, 0x7fff_0000);
-    let even = kept(0x7f80, 0x7fff);
-    let signs = s.splat_i(0x8000_8000_u32 as i32);
-    s.and_i(words, s.or_i(signs, s.or_i(odd, even)))
 }
 
 /// A line of words of each column, as steps of a panel.
