@@ -90,6 +90,11 @@ unsafe fn rank1<S: Simd, const M: usize>(
     }
 }
 
+/// Whether the loads of row `i`'s pair in a tile of `rows` stay behind those before it.
+const fn wants_order(i: usize, rows: usize) -> bool {
+    i < rows && rows > FEW_ROWS
+}
+
 /// `$run!([i, i + 1])` for the rows below `$m`, and `$run!([$m - 1])` for the last of an odd number. Not a loop: the compiler does not unroll one whose body it takes for
 /// long, and then the sums are in memory.
 macro_rules! for_row_pairs {
@@ -97,7 +102,7 @@ macro_rules! for_row_pairs {
         for_row_pairs!($s, $m, $run, 0 2 4 6 8 10 12)
     };
     ($s:ident, $m:ident, $run:ident, $($i:literal)*) => {$(
-        if const { $i < $m && $m > FEW_ROWS } {
+        if const { wants_order($i, $m) } {
             // Else all loads of A go to the front, where registers are short.
             $s.keep_order();
         }
