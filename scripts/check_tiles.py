@@ -66,12 +66,12 @@ def tile_of(symbol):
         return None
     isa = re.search(r"(avx512|avx2|neon)", symbol)
     # A type that was named before is written as a back reference, so the format may hide: it is named by the instructions then.
-    shape = re.search(r"Kj([0-9a-f]+)_Kj([0-9a-f]+)_Kb([01])_", symbol)
+    shape = re.search(r"Kj([0-9a-f]+)_Kj([0-9a-f]+)_Kh([012])_", symbol)
     found = re.search(r"\d+Panel(F32|F16|Bf16Dot|Bf16)", symbol)
     if not (isa and shape and found):
         return None
     m, p, stream = (int(digits, 16) for digits in shape.groups())
-    return Tile(isa[1], found[1], m, p, stream == 1)
+    return Tile(isa[1], found[1], m, p, stream > 0)
 
 
 def hot_loop(lines):
@@ -206,7 +206,7 @@ NEON = {("neon", f) for f in ("F32", "F16", "Bf16", "Bf16Dot")}
 
 def self_test():
     """A sound listing passes; one with a spill, one on narrower vectors and one without the tile do not."""
-    name = "_RINv4avx5124callINtB2_4TileNtB2_8PanelF32Kj2_Kj1_Kb0_EE"
+    name = "_RINv4avx5124callINtB2_4TileNtB2_8PanelF32Kj2_Kj1_Kh0_EE"
     fma = "\tvfmadd231ps\t(%rax), %zmm1, %zmm2\n"
     sound = f"{name}:\n.LBB0_1:\n" + fma * 16 + "\tvbroadcastss\t(%rdi), %zmm1\n" * 8 + "\tjne\t.LBB0_1\n\tretq\n"
     wanted = {("avx512", "F32")}
@@ -215,7 +215,7 @@ def self_test():
         "narrow vectors": sound.replace("zmm", "xmm"),
         "no tile": sound.replace("PanelF32", "PanelF31"),
     }
-    arm = "_RINv4neon13call_bf16_dotINtB2_4TileNtB2_12PanelBf16DotKj2_Kj1_Kb0_EE"
+    arm = "_RINv4neon13call_bf16_dotINtB2_4TileNtB2_12PanelBf16DotKj2_Kj1_Kh0_EE"
     pair = "\tbfmlalt\tv1.4s, v2.8h, v3.h[1]\n\tbfmlalb\tv1.4s, v2.8h, v3.h[0]\n"
     native = f"{arm}:\n.LBB0_1:\n" + pair * 8 + "\tldp\tq2, q4, [x10]\n\tb.ne\t.LBB0_1\n\tret\n"
     assert check([sound], wanted) == 0, "the sound listing fails"
