@@ -289,19 +289,13 @@ fn one_expert_in_16_bits_by_a_table_of_bytes() {
 
 #[test]
 fn a_call_is_captured_and_replayed_with_other_data() {
-    use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
     let Some(gpu) = gpu::open() else { return };
     let (first, second) = (Data::new(1), Data::new(2));
     let mut device = Device::new(&gpu, &first, Layout::Fused, true, true);
     let mut out = poisoned(&gpu);
     queue(&gpu, &device.views(&gpu.stream), &mut out).unwrap(); // loads the kernel
     gpu.write(&mut out, &[f32::NAN; ROWS * N]);
-    let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-    gpu.stream.begin_capture(mode).unwrap();
-    let queued = queue(&gpu, &device.views(&gpu.stream), &mut out);
-    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-    let graph = gpu.stream.end_capture(flags).unwrap().expect("a graph");
-    queued.unwrap();
+    let graph = gpu.capture(|| queue(&gpu, &device.views(&gpu.stream), &mut out).unwrap());
     let captured = gpu.download(&out);
     assert!(
         captured.iter().all(|v| v.is_nan()),

@@ -899,7 +899,6 @@ fn a_token_has_the_same_bits_alone_and_in_any_batch_in_strict_mode() {
 
 #[test]
 fn a_graph_is_captured_once_and_replayed_with_other_data() {
-    use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
     let Some(gpu) = gpu::open() else { return };
     let (case, dtype) = (&cases()[1], DType::BF16);
     let w = Weights::new(case, dtype);
@@ -913,17 +912,7 @@ fn a_graph_is_captured_once_and_replayed_with_other_data() {
     let expected: Vec<Vec<f32>> = inputs.iter().map(|x| on.run(x, &residual)).collect();
     assert_ne!(expected[0], expected[1]);
     let mut data = on.data(&inputs[0], &residual);
-    gpu.synchronize();
-    gpu.stream
-        .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-        .unwrap();
-    let queued = on.forward(&mut data);
-    let graph = gpu
-        .stream
-        .end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)
-        .unwrap();
-    queued.unwrap();
-    let graph = graph.expect("a graph");
+    let graph = gpu.capture(|| on.forward(&mut data).unwrap());
     let before = gpu.download(&data.y);
     assert!(
         before.iter().all(|v| v.is_nan()),

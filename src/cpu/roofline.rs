@@ -105,6 +105,7 @@ pub fn bf16_dot_peak(cpu: &Cpu, budget: Duration) -> Option<f64> {
 /// best of each. The border is at three quarters: `vdpbf16ps` does twice the FLOPs of an FMA on Zen 4 and 5 and half of them on Emerald Rapids, and Arm's instructions are a
 /// multiply-add each, so one would expect 1 there, or 1/2. It decides speed and no bit.
 pub(crate) fn bf16_dot_pays(isa: Isa) -> bool {
+    // At the most one instruction set of a build has native dot products.
     static FOUND: OnceLock<bool> = OnceLock::new();
     const TURNS: usize = 6;
     const ROUNDS: usize = 500;

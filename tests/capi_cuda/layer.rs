@@ -5,7 +5,6 @@ use crate::operands::*;
 use crate::world::*;
 use crate::{E, H, I, K, T, last_error, must};
 use bytemuck::Zeroable;
-use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use moe_kernels::ffi::*;
 use std::ptr::null_mut;
 
@@ -201,23 +200,16 @@ fn a_prepared_call_can_be_captured() {
     on.link();
     // SAFETY: as above.
     must(unsafe { moe_cuda_layer_prepare(on.layer, &on.args()) });
-    let stream = &device.gpu().stream;
     assert!(
         device
             .read::<u32>(on.y_place)
             .iter()
             .all(|&v| v == u32::MAX)
     );
-    stream
-        .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-        .unwrap();
-    // SAFETY: as above.
-    let status = unsafe { moe_cuda_layer_forward(on.layer, device.stream(), &on.args()) };
-    let graph = stream
-        .end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)
-        .unwrap()
-        .expect("a graph");
-    must(status);
+    let graph = device.gpu().capture(|| {
+        // SAFETY: as above.
+        must(unsafe { moe_cuda_layer_forward(on.layer, device.stream(), &on.args()) });
+    });
     assert!(
         device
             .read::<u32>(on.y_place)

@@ -1,7 +1,8 @@
 //! A GPU for tests: a real one, or the emulator where its `libcuda.so.1` comes first on `LD_LIBRARY_PATH`.
 #![allow(dead_code, unsafe_code)] // each test file uses its own part; launches take raw pointers
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtrMut as _};
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, CudaView, DevicePtrMut as _};
 use moe_kernels::cuda::{Cuda, DevicePtr, Launch};
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -139,6 +140,16 @@ impl Gpu {
     pub fn launch(&self, launch: &Launch) {
         // SAFETY: the buffers of a test outlive its last download, which waits for the stream.
         unsafe { self.cuda.launch(&self.stream, launch) }.unwrap();
+    }
+
+    /// What `queue` queues on the stream, as a graph. Nothing of it runs, and its kernels must have been loaded.
+    pub fn capture(&self, queue: impl FnOnce()) -> CudaGraph {
+        self.synchronize();
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).unwrap();
+        queue();
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        self.stream.end_capture(flags).unwrap().expect("a graph")
     }
 
     /// Waits for everything queued.
