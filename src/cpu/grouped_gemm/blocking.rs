@@ -1,0 +1,100 @@
+//! What the caches and the kind of this machine want: the sizes of the blocks, and how B is asked for.
+
+use super::kernel::{MicroKernel, Pace, Prefetch};
+use super::panel::LINE;
+use super::plan::MC;
+use crate::cpu::caches::caches;
+use crate::cpu::isa::Isa;
+use crate::cpu::simd::model::{Model, model};
+
+/// Most columns of a block of sums C while A has to be packed in several parts: C is 96 × 512 × 4 B = 192 KiB at the most, and packing a line of A costs
+/// the time of some two FMA for each of its 512 · 16.
+pub(super) const COLUMNS: usize = 512;
+
+/// Bytes of the next run's B that are fetched while the last panel of this one is at work.
+pub(super) const HEAD_BYTES: usize = 4096;
+
+/// How far ahead of its use B is asked for where it is used once, over all panels that run side by side. Against leaving it to the hardware (one Zen 5 core,
+/// qwen3's shape): T = 1 6% faster, T = 64 5% (f32), 8% (bf16), 27% (f16); half as far loses 10 to 20% of that for f16, half as far again 2%; in bursts every
+/// four steps 3%. On Emerald Rapids, where [`Streaming`] is into L2: without it T = 64 takes 31% (f32) and 37% (bf16) longer.
+const AHEAD_BYTES: usize = 8192;
+
+/// How B is asked for where it is used once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Streaming {
+    /// Into L1. On a Zen 5 core T = 64 is 7% slower into L2.
+    IntoL1,
+    /// Into L2. On an Emerald Rapids core 7% (T = 64, f32), 2% (T = 64, bf16) and 4% (T = 8, f32) faster than into L1, whose sixteen misses under way the loads want, too.
+    IntoL2,
+    /// By the hardware alone up to this many rows, and then one panel at a time. On a Zen 4 core a tile alone reads 28 to 30 GB/s of 30 so, 23 to 26 when it asks for lines itself;
+    /// from 11 rows on asking is level or better.
+    ByHardwareUpTo(usize),
+}
+
+impl Streaming {
+    fn new(isa: Isa) -> Self {
+        match model() {
+            Model::Intel => Self::IntoL2,
+            // Measured with AVX-512 alone.
+            Model::Zen4 if isa == Isa::Avx512 => Self::ByHardwareUpTo(8),
+            _ => Self::IntoL1,
+        }
+    }
+
+    pub(super) fn by_hardware(self, rows: usize) -> bool {
+        matches!(self, Self::ByHardwareUpTo(most) if rows <= most)
+    }
+
+    pub(super) fn pace(self) -> Pace {
+        match self {
+            Self::IntoL2 => Pace::AsUsedL2,
+            _ => Pace::AsUsed,
+        }
+    }
+}
+
+/// What the caches and the kind of this machine want.
+#[derive(Clone, Copy)]
+pub(super) struct Blocking {
+    /// Words of packed A: half of the L2 cache, between what MC rows of one slice need and a megabyte.
+    pub(super) a_words: usize,
+    /// Bytes of a slice of B: a tenth of the L2 cache. It need not stay in L1: a tile reads 2 vectors of it in M cycles, which L2 feeds easily.
+    /// Slices of half the L1 cost 4% at T = 512 (more visits to the tile, each some 120 cycles with its sums), of two fifths of L2 10%.
+    pub(super) b_bytes: usize,
+    pub(super) streaming: Streaming,
+}
+
+impl Blocking {
+    pub(super) fn new(isa: Isa) -> Self {
+        let caches = caches();
+        Self {
+            streaming: Streaming::new(isa),
+            a_words: (caches.l2 / 8).clamp(32 << 10, 256 << 10),
+            b_bytes: caches.l2 / 10,
+        }
+    }
+
+    /// Scratch floats of one worker.
+    pub(super) fn worker_floats(self) -> usize {
+        self.a_words + MC * COLUMNS
+    }
+}
+
+/// For one tile, which reads B as a stream: what lies [`AHEAD_BYTES`] ahead in it, and in its last part what comes after it.
+pub(super) fn stream_ahead<K: MicroKernel>(
+    pace: Pace,
+    b: *const u8,
+    steps: usize,
+    after: *const u8,
+    width: usize,
+) -> Prefetch {
+    let line_steps = LINE / K::WORDS;
+    let ahead = (AHEAD_BYTES / width / K::STEP_BYTES).next_multiple_of(line_steps);
+    Prefetch {
+        from: b.wrapping_add(ahead * K::STEP_BYTES),
+        pace,
+        lines: 0,
+        turn: steps.saturating_sub(ahead).next_multiple_of(line_steps),
+        then: after,
+    }
+}
