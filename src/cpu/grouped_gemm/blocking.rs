@@ -19,12 +19,13 @@ pub(super) const HEAD_BYTES: usize = 4096;
 /// four steps 3%. On Emerald Rapids, where [`Streaming`] is into L2: without it T = 64 takes 31% (f32) and 37% (bf16) longer.
 const AHEAD_BYTES: usize = 8192;
 
-/// How B is asked for where it is used once.
+/// How B is asked for, above all where it is used once.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Streaming {
     /// Into L1. On a Zen 5 core T = 64 is 7% slower into L2.
     IntoL1,
-    /// Into L2. On an Emerald Rapids core 7% (T = 64, f32), 2% (T = 64, bf16) and 4% (T = 8, f32) faster than into L1, whose sixteen misses under way the loads want, too.
+    /// Into L2. On an Emerald Rapids core 7% (T = 64, f32), 2% (T = 64, bf16) and 4% (T = 8, f32) faster than into L1, whose sixteen misses under way the loads want, too;
+    /// with 24 to 32 rows of an expert, where slices are shared, 3 to 5%, with 64 rows 1%.
     IntoL2,
     /// By the hardware alone up to this many rows, and then one panel at a time. On a Zen 4 core a tile alone reads 28 to 30 GB/s of 30 so, 23 to 26 when it asks for lines itself;
     /// from 11 rows on asking is level or better.
@@ -45,10 +46,19 @@ impl Streaming {
         matches!(self, Self::ByHardwareUpTo(most) if rows <= most)
     }
 
-    pub(super) fn pace(self) -> Pace {
+    /// For B that is used once.
+    fn pace(self) -> Pace {
         match self {
             Self::IntoL2 => Pace::AsUsedL2,
             _ => Pace::AsUsed,
+        }
+    }
+
+    /// For the next slice of B, while row tiles share this one.
+    pub(super) fn slice_pace(self) -> Pace {
+        match self {
+            Self::IntoL2 => Pace::CountedL2,
+            _ => Pace::Counted,
         }
     }
 }
@@ -82,7 +92,7 @@ impl Blocking {
 
 /// For one tile, which reads B as a stream: what lies [`AHEAD_BYTES`] ahead in it, and in its last part what comes after it.
 pub(super) fn stream_ahead<K: MicroKernel>(
-    pace: Pace,
+    streaming: Streaming,
     b: *const u8,
     steps: usize,
     after: *const u8,
@@ -92,7 +102,7 @@ pub(super) fn stream_ahead<K: MicroKernel>(
     let ahead = (AHEAD_BYTES / width / K::STEP_BYTES).next_multiple_of(line_steps);
     Prefetch {
         from: b.wrapping_add(ahead * K::STEP_BYTES),
-        pace,
+        pace: streaming.pace(),
         lines: 0,
         turn: steps.saturating_sub(ahead).next_multiple_of(line_steps),
         then: after,

@@ -56,7 +56,7 @@ pub(crate) struct Prefetch {
     pub(crate) pace: Pace,
     /// Where to begin, for the first panel; further panels `b_stride` bytes on.
     pub(crate) from: *const u8,
-    /// Lines for every [`UNROLL`] steps of [`Pace::Counted`].
+    /// Lines for every [`UNROLL`] steps of [`Pace::Counted`] and [`Pace::CountedL2`].
     pub(crate) lines: usize,
     /// The step from which it goes on elsewhere: a multiple of the steps in a line of A.
     pub(crate) turn: usize,
@@ -64,7 +64,7 @@ pub(crate) struct Prefetch {
     pub(crate) then: *const u8,
 }
 
-/// How a tile asks for lines. One variant of the tile each, since a count inside the loop costs more than it brings.
+/// How a tile asks for lines. Evenly used and counted lines have a variant of the tile each, since a count inside the loop costs more than it brings where B is used once.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pace {
     /// So many for so many steps, into L1.
@@ -73,6 +73,8 @@ pub(crate) enum Pace {
     AsUsed,
     /// The same, into L2.
     AsUsedL2,
+    /// As [`Pace::Counted`], into L2. It shares that tile: a branch that is always foretold costs nothing beside the line that it asks for.
+    CountedL2,
 }
 
 const COUNTED: u8 = Pace::Counted as u8;
@@ -89,7 +91,7 @@ impl Prefetch {
     };
 }
 
-/// M rows × P panels. `PACE` is a [`Pace`].
+/// M rows × P panels. `PACE` is a [`Pace`], with [`Pace::Counted`] for both that are counted.
 struct Tile<Format, const M: usize, const P: usize, const PACE: u8> {
     args: TileArgs,
     format: PhantomData<Format>,
@@ -126,6 +128,7 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
             }
         }
         let (mut a, mut b, mut ahead) = (t.a, t.b, t.prefetch.from);
+        let far = const { PACE == COUNTED && S::PREFETCH_L2 } && t.prefetch.pace == Pace::CountedL2;
         // A macro and not a closure: a closure that is not inlined would lose the instruction set (it did: 30 times slower).
         macro_rules! advance {
             ($by:ident, $steps:expr) => {
@@ -146,7 +149,7 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
                 for _ in 0..$lines {
                     for p in 0..P {
                         let line = ahead.wrapping_add(p * t.b_stride);
-                        if PACE == AS_USED_L2 {
+                        if PACE == AS_USED_L2 || far {
                             s.prefetch_l2(line);
                         } else {
                             s.prefetch(line);
@@ -299,7 +302,7 @@ impl<S: Simd, Format: PanelFormat> MicroKernel for Kernel<S, Format> {
                             // SAFETY: this function's contract.
                             unsafe {
                                 match args.prefetch.pace {
-                                    Pace::Counted => {
+                                    Pace::Counted | Pace::CountedL2 => {
                                         self.outline(Tile::<Format, $m, $p, COUNTED>::new(args));
                                     }
                                     Pace::AsUsedL2 if const { S::PREFETCH_L2 } => {

@@ -228,7 +228,7 @@ impl Task<'_> {
             let mut prefetch = if streaming.by_hardware(m) {
                 Prefetch::NONE
             } else if tile_count == 1 {
-                stream_ahead::<K>(streaming.pace(), at(panel, from), now, after, width)
+                stream_ahead::<K>(streaming, at(panel, from), now, after, width)
             } else {
                 let last = from + now == steps.end && matches!(then, Next::Run);
                 let bytes = if last {
@@ -238,6 +238,7 @@ impl Task<'_> {
                 };
                 Prefetch {
                     from: after,
+                    pace: streaming.slice_pace(),
                     lines: (bytes / 64).div_ceil(tile_count * (now / UNROLL).max(1)),
                     ..Prefetch::NONE
                 }
