@@ -25,6 +25,12 @@ const I: usize = 24;
 const E: usize = 6;
 const K: usize = 2;
 
+/// Thread counts that the build under test can serve: without the feature `parallel` calls run where they are made.
+const THREADS: &[usize] = match cfg!(feature = "parallel") {
+    true => &[0, 1, 3],
+    false => &[0, 1],
+};
+
 fn last_error() -> String {
     // SAFETY: the text stays until this thread's next error.
     unsafe { CStr::from_ptr(moe_last_error()) }
@@ -210,7 +216,7 @@ impl Drop for Pair {
 fn a_layer_has_the_bits_of_the_rust_call() {
     let x = Rng(3).normals(T * H);
     for dtype in DType::ALL {
-        for threads in [0, 1, 3] {
+        for &threads in THREADS {
             let mut pair = Pair::new(threads, dtype);
             // x with gaps and y with gaps.
             let mut wide = vec![f32::NAN; T * (H + 5)];
@@ -470,7 +476,7 @@ fn handles_in_use_are_busy_and_experts_stay_with_the_caller_on_error() {
 /// Calls from several threads share handles as const; each has its own routing.
 #[test]
 fn threads_share_a_layer() {
-    let pair = Pair::new(2, DType::F32);
+    let pair = Pair::new(*THREADS.last().unwrap(), DType::F32);
     let x = Rng(9).normals(T * H);
     let expected = pair.rust_forward(&x);
     let (cpu, layer, bytes) = (pair.cpu as usize, pair.layer as usize, pair.workspace.len());
@@ -514,6 +520,43 @@ fn threads_share_a_layer() {
             });
         }
     });
+}
+
+/// Without the feature `parallel` a handle of several threads is refused and none is made.
+#[test]
+fn threads_are_given_or_refused() {
+    const PARALLEL: bool = cfg!(feature = "parallel");
+    let (made, lacking) = match PARALLEL {
+        true => (MOE_OK, ""),
+        false => (MOE_ERROR_UNSUPPORTED, "feature `parallel`"),
+    };
+    let mut cases = vec![(0, MOE_OK, "", 1), (1, MOE_OK, "", 1)];
+    cases.extend([2, 3].map(|n| (n, made, lacking, n)));
+    cases.extend([4097, usize::MAX].map(|n| (n, MOE_ERROR_VALUE, "at most 4096", 0)));
+    for (threads, status, message, count) in cases {
+        let options = moe_cpu_options {
+            struct_size: size_of::<moe_cpu_options>(),
+            threads,
+            isa: null(),
+        };
+        let mut cpu = null_mut();
+        // SAFETY: valid options and a place for the handle, which is ended once.
+        unsafe {
+            let found = moe_cpu_create(&options, &mut cpu);
+            assert_eq!(found, status, "{threads} threads: {}", last_error());
+            if status == MOE_OK {
+                assert_eq!(moe_cpu_threads(cpu), count, "{threads} threads");
+                must(moe_cpu_destroy(cpu));
+            } else {
+                assert!(cpu.is_null(), "{threads} threads");
+                let error = last_error();
+                assert!(
+                    error.starts_with("threads: ") && error.contains(message),
+                    "{error}"
+                );
+            }
+        }
+    }
 }
 
 /// Sizes of the structs are the interface: on 64-bit systems they may only grow, with new fields at the end and `FIRST_SIZE` left as it was.
