@@ -300,6 +300,38 @@ fn three_launches_with_long_chunks() {
     );
 }
 
+/// A kernel's share of shared memory follows from the experts and is set once for all threads: whoever comes first, each gets as much as its launch needs. With more
+/// than 2048 experts it has to be asked for; each round asks for more than the last.
+#[test]
+fn threads_sort_for_different_numbers_of_experts_at_once() {
+    const THREADS: usize = 4;
+    if gpu::open().is_none() {
+        return;
+    }
+    let barrier = std::sync::Barrier::new(THREADS);
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let barrier = &barrier;
+            scope.spawn(move || {
+                let gpu = gpu::open().expect("opened before");
+                for round in 0..4 {
+                    let experts = 2049 + 511 * round + 127 * ((thread + round) % THREADS);
+                    let ids = ids(50, experts, 0, thread as u64);
+                    barrier.wait();
+                    check(
+                        &gpu,
+                        BOTH[round % 2],
+                        &ids,
+                        experts,
+                        &PermuteOptions::default(),
+                        0,
+                    );
+                }
+            });
+        }
+    });
+}
+
 #[test]
 fn a_million_pairs() {
     let Some(gpu) = gpu::open() else { return };

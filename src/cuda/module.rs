@@ -15,17 +15,58 @@ const SHARED_WITHOUT_OPT_IN: u32 = 48 * 1024;
 pub(super) struct Kernels {
     pub(super) info: DeviceInfo,
     modules: Mutex<HashMap<Module, LoadedModule>>,
-    functions: RwLock<HashMap<&'static str, Function>>,
+    functions: Functions<LoadedFunction>,
 }
 
 /// A context and its kernels.
 type Entry = (launch::ContextKey, Arc<Kernels>);
 
+/// Kernels by name, each looked up once and allowed as much dynamic shared memory as any of its launches has wanted.
+struct Functions<F>(RwLock<HashMap<&'static str, Function<F>>>);
+
 #[derive(Clone, Copy)]
-struct Function {
-    handle: LoadedFunction,
+struct Function<F> {
+    handle: F,
     /// Dynamic shared memory that it may have by now.
     shared: u32,
+}
+
+impl<F: Copy> Functions<F> {
+    /// The kernel `name`, allowed `shared` bytes at least: `find` looks it up, `allow` sets what it may have.
+    fn get(
+        &self,
+        name: &'static str,
+        shared: u32,
+        find: impl FnOnce() -> Result<F>,
+        allow: impl FnOnce(F, u32) -> Result<()>,
+    ) -> Result<F> {
+        let known = self
+            .0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .copied();
+        if let Some(function) = known.filter(|f| f.shared >= shared) {
+            return Ok(function.handle);
+        }
+        // Not under the lock: the driver may compile for seconds, and other kernels are launched meanwhile.
+        let handle = match known {
+            Some(function) => function.handle,
+            None => find()?,
+        };
+        let mut functions = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let function = functions.entry(name).or_insert(Function {
+            handle,
+            shared: SHARED_WITHOUT_OPT_IN,
+        });
+        // Asked again, set and noted under one lock. The attribute is the last value set, not the largest: of two threads that want different amounts, the one
+        // that wants less could otherwise set it last, and the other's launch, or a later one that trusts the note, would be refused.
+        if function.shared < shared {
+            allow(function.handle, shared)?;
+            function.shared = shared;
+        }
+        Ok(function.handle)
+    }
 }
 
 impl Kernels {
@@ -46,7 +87,7 @@ impl Kernels {
         let kernels = Arc::new(Self {
             info,
             modules: Mutex::default(),
-            functions: RwLock::default(),
+            functions: Functions(RwLock::default()),
         });
         all.push((current.key, kernels.clone()));
         Ok(kernels)
@@ -64,39 +105,22 @@ impl Kernels {
                 "more",
             ));
         }
-        let known = self
-            .functions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(launch.kernel)
-            .copied();
-        if let Some(function) = known.filter(|f| f.shared >= launch.shared_bytes) {
-            return Ok(function.handle);
+        if launch.shared_bytes > self.info.shared_per_block.max(SHARED_WITHOUT_OPT_IN) {
+            return Err(Error::value(
+                "shared memory",
+                format_args!(
+                    "at most {} bytes for {}",
+                    self.info.shared_per_block, launch.kernel
+                ),
+                launch.shared_bytes,
+            ));
         }
-        let handle = match known {
-            Some(function) => function.handle,
-            None => self.module(launch.module)?.function(launch.kernel)?,
-        };
-        if launch.shared_bytes > SHARED_WITHOUT_OPT_IN {
-            if launch.shared_bytes > self.info.shared_per_block {
-                return Err(Error::value(
-                    "shared memory",
-                    format_args!(
-                        "at most {} bytes for {}",
-                        self.info.shared_per_block, launch.kernel
-                    ),
-                    launch.shared_bytes,
-                ));
-            }
-            handle.allow_shared(launch.shared_bytes)?;
-        }
-        let shared = launch.shared_bytes.max(SHARED_WITHOUT_OPT_IN);
-        let mut functions = self
-            .functions
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        functions.insert(launch.kernel, Function { handle, shared });
-        Ok(handle)
+        self.functions.get(
+            launch.kernel,
+            launch.shared_bytes,
+            || self.module(launch.module)?.function(launch.kernel),
+            LoadedFunction::allow_shared,
+        )
     }
 
     /// Loads a text unless it is loaded. The context is current.
@@ -183,7 +207,78 @@ fn load_error(
 
 #[cfg(test)]
 mod tests {
-    use super::needed_cuda;
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+    use std::time::{Duration, Instant};
+
+    /// A kernel's attribute as the driver keeps it: the last value, larger or not.
+    struct Attribute(AtomicU32);
+
+    impl Attribute {
+        fn get(&self, functions: &Functions<u32>, shared: u32, before: impl FnOnce()) {
+            let allow = |handle, bytes| {
+                assert_eq!(handle, 7);
+                before();
+                self.0.store(bytes, Ordering::SeqCst);
+                Ok(())
+            };
+            assert_eq!(functions.get("k", shared, || Ok(7), allow).unwrap(), 7);
+            let allowed = self.0.load(Ordering::SeqCst);
+            assert!(allowed >= shared, "{allowed} bytes allowed, {shared} asked");
+        }
+    }
+
+    /// Two threads want more than 48 KiB, and the one that wants less has begun to set its amount when the other comes. Whoever has been given the kernel may have
+    /// its share from then on.
+    #[test]
+    fn what_a_thread_was_allowed_no_other_takes_away() {
+        const LESS: u32 = 60 << 10;
+        const MORE: u32 = 100 << 10;
+        let functions = Functions::<u32>(RwLock::default());
+        let attribute = Attribute(AtomicU32::new(SHARED_WITHOUT_OPT_IN));
+        let (begun, done) = (AtomicBool::new(false), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                attribute.get(&functions, LESS, || {
+                    begun.store(true, Ordering::SeqCst);
+                    // Time for the other to overtake, which it must not.
+                    let end = Instant::now() + Duration::from_millis(200);
+                    while Instant::now() < end && !done.load(Ordering::SeqCst) {
+                        std::thread::yield_now();
+                    }
+                });
+            });
+            scope.spawn(|| {
+                while !begun.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                attribute.get(&functions, MORE, || ());
+                done.store(true, Ordering::SeqCst);
+            });
+        });
+        attribute.get(&functions, MORE, || panic!("it has been allowed"));
+        attribute.get(&functions, LESS, || panic!("more has been allowed"));
+    }
+
+    #[test]
+    fn what_needs_no_leave_asks_for_none_and_a_refusal_is_asked_again() {
+        let functions = Functions::<u32>(RwLock::default());
+        let none = |_, _| panic!("below 48 KiB");
+        let get = |name, allow: fn(u32, u32) -> Result<()>| {
+            functions.get(name, 50 << 10, || Ok(3), allow)
+        };
+        assert_eq!(functions.get("k", 48 << 10, || Ok(3), none), Ok(3));
+        assert_eq!(functions.get("k", 0, || panic!("known"), none), Ok(3));
+        let refused = |_, bytes| Err(Error::value("shared memory", "less", bytes));
+        assert!(get("k", refused).is_err());
+        assert!(get("k", refused).is_err());
+        assert_eq!(get("k", |_, _| Ok(())), Ok(3));
+        assert_eq!(get("k", refused), Ok(3));
+        // A kernel that cannot be found is looked for again.
+        let missing = || Err(Error::value("kernel", "one", "none"));
+        assert!(functions.get("other", 0, missing, |_, _| Ok(())).is_err());
+        assert_eq!(functions.get("other", 0, || Ok(4), |_, _| Ok(())), Ok(4));
+    }
 
     #[test]
     fn ptx_versions_and_the_cuda_that_reads_them() {
