@@ -107,40 +107,44 @@ fn route_alone<S: Simd>(
     weigh::finish(job, out.ids, out.weights, out.shared);
 }
 
+/// The butterfly of sixteen lanes: lane l takes lane l + 8, then l + 4, 2, 1. Lanes zipped with themselves are each there twice as often, so that in the end all of them hold the
+/// result. A macro, since a closure that is not inlined would lose the instruction set.
+macro_rules! butterfly {
+    ($s:ident: $simd:ident, $operation:ident, $vectors:expr) => {{
+        let mut v: [$simd::F; 4] = $vectors;
+        let mut left = SLOTS / $simd::LANES;
+        while left > 1 {
+            left /= 2;
+            for i in 0..left {
+                v[i] = $s.$operation(v[i], v[i + left]);
+            }
+        }
+        let (mut all, mut lanes) = (v[0], $simd::LANES);
+        while lanes > 1 {
+            let (low, high) = $s.zip(all, all);
+            all = $s.$operation(low, high);
+            lanes /= 2;
+        }
+        all
+    }};
+}
+
 /// `soft = exp(z − max z) / Σ exp(z − max z)`. What is beyond the last expert holds −∞ and becomes +0.0.
 #[inline(always)]
 fn softmax<S: Simd>(s: S, z: &Row, soft: &mut Row) {
-    let mut lanes = *z;
-    // NaN is passed over.
-    lanes.iter_mut().for_each(|z| {
-        if z.is_nan() {
-            *z = f32::NEG_INFINITY;
-        }
-    });
-    for off in [8, 4, 2, 1] {
-        for l in 0..off {
-            lanes[l] = if lanes[l] > lanes[l + off] {
-                lanes[l]
-            } else {
-                lanes[l + off]
-            };
-        }
+    // As many of the four as sixteen lanes fill.
+    let mut v = [s.splat(0.0); 4];
+    for (v, z) in v.iter_mut().zip(z.chunks_exact(S::LANES)) {
+        // NaN is passed over.
+        *v = s.max(s.load_slice(z), s.splat(f32::NEG_INFINITY));
     }
-    let max = s.splat(lanes[0]);
-    for i in (0..SLOTS).step_by(S::LANES) {
-        let e = exp_padded(s, s.sub(s.load_slice(&z[i..]), max));
-        s.store_slice(&mut soft[i..], e);
+    let max = butterfly!(s: S, max, v);
+    for (v, z) in v.iter_mut().zip(z.chunks_exact(S::LANES)) {
+        *v = exp_padded(s, s.sub(s.load_slice(z), max));
     }
-    let mut lanes = *soft;
-    for off in [8, 4, 2, 1] {
-        for l in 0..off {
-            lanes[l] += lanes[l + off];
-        }
-    }
-    let sum = s.splat(lanes[0]);
-    for i in (0..SLOTS).step_by(S::LANES) {
-        let e = s.load_slice(&soft[i..]);
-        s.store_slice(&mut soft[i..], s.div(e, sum));
+    let sum = butterfly!(s: S, add, v);
+    for (&v, soft) in v.iter().zip(soft.chunks_exact_mut(S::LANES)) {
+        s.store_slice(soft, s.div(v, sum));
     }
 }
 
