@@ -300,9 +300,14 @@ impl Op for RouteTokens<'_, '_> {
                 });
             }
             for i in 0..out.tokens {
-                let (worker, out, t) = (&mut *self.worker, out.token(i, job.config), t + i);
+                let worker = &mut *self.worker;
+                if let (Way::Batch, Some(plan)) = (way, &plan)
+                    && !batch::is_strange(plan, &worker.room, i)
+                {
+                    continue;
+                }
+                let (out, t) = (out.token(i, job.config), t + i);
                 match (way, &plan) {
-                    (Way::Batch, Some(plan)) if !batch::is_strange(plan, &worker.room, i) => {}
                     (Way::Alone, Some(plan)) => s.outline(RouteAlone {
                         job,
                         plan,
