@@ -55,7 +55,7 @@ use weigh::{sorted_tile, weigh_tile};
 const TOKENS: usize = MAX_LANES;
 /// Logits of a batch: what fits the first-level cache twice.
 const LOGITS: usize = 8192;
-/// The most tokens that are routed one after the other where sixteen experts are all: below half a tile.
+/// The most tokens that are routed one after the other where sixteen experts are all: fewer than a tile has on any instruction set.
 const ALONE: usize = 3;
 /// Rows so short are routed one after the other, too, where there are two of them.
 const PAIR_LOGITS: usize = 256;
