@@ -197,14 +197,9 @@ pub(super) enum Way {
 impl Plan<'_> {
     /// The fastest: a tile costs as much for one token as for `LANES`.
     pub(super) fn way(&self, config: &RouterConfig, tokens: usize) -> Way {
-        if self.narrow {
-            return if tokens <= ALONE {
-                Way::Alone
-            } else {
-                Way::Batch
-            };
-        }
         match tokens {
+            ..=ALONE if self.narrow => Way::Alone,
+            _ if self.narrow => Way::Batch,
             0 | 1 => Way::Careful,
             2 if self.groups.is_none() && config.num_logits() <= PAIR_LOGITS => Way::Careful,
             _ => Way::Batch,
