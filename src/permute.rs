@@ -131,6 +131,11 @@ impl Permutation {
         options: &PermuteOptions,
     ) -> Result<()> {
         let local = check_options(ids.len(), num_experts, options)?;
+        let all_local = local.len() == num_experts;
+        if options.block == 1 && all_local && kernel::are_few(ids, num_experts) {
+            self.sort_few(ids, num_experts);
+            return Ok(());
+        }
         let ids = kernel::Ids {
             ids,
             num_experts,
@@ -168,6 +173,21 @@ impl Permutation {
         );
         self.pair_of_row.truncate(rows);
         Ok(())
+    }
+
+    /// [`sort`](Self::sort) of few pairs, checked.
+    fn sort_few(&mut self, ids: &[i32], num_experts: usize) {
+        self.offsets.resize(num_experts + 1, 0);
+        self.counts.resize(num_experts, 0);
+        self.pair_of_row.resize(ids.len(), NO_PAIR);
+        self.row_of_pair.resize(ids.len(), NO_ROW);
+        kernel::sort_few(
+            ids,
+            &mut self.offsets,
+            &mut self.counts,
+            &mut self.pair_of_row,
+            &mut self.row_of_pair,
+        );
     }
 
     /// `[E + 1]`: expert e has rows `offsets[e] .. offsets[e+1]`, padding included.

@@ -123,6 +123,47 @@ proptest! {
 }
 
 #[test]
+fn few_pairs_are_sorted_like_many() {
+    let cpu = Cpu::new();
+    let mut p = Permutation::default();
+    for num_experts in [1, 2, 5, 16, 130, 1000] {
+        for pairs in 0..=20 {
+            for round in 0..8 {
+                // Equal ids, rising, falling, any.
+                let id = |i: usize| match round {
+                    0 => num_experts - 1,
+                    1 => i % num_experts,
+                    2 => (pairs - i) % num_experts,
+                    _ => hash(i + 100 * round + pairs) % num_experts,
+                };
+                let mut ids: Vec<i32> = (0..pairs).map(|i| id(i) as i32).collect();
+                let mut options = PermuteOptions::default();
+                match round {
+                    4 => options.block = 2,
+                    5 => options.local = Some(num_experts / 2..num_experts),
+                    6 => ids.iter_mut().step_by(3).for_each(|id| *id = -1),
+                    7 => {
+                        options.num_null = 1;
+                        let last = ids.iter_mut().last();
+                        last.into_iter().for_each(|id| *id = num_experts as i32);
+                    }
+                    _ => {}
+                }
+                p.sort(&cpu, &ids, num_experts, &options).unwrap();
+                check(&p, &ids, num_experts, &options);
+            }
+        }
+    }
+    // Wrong ids are refused here too.
+    for wrong in [-2, 5, i32::MIN, i32::MAX] {
+        let before = (p.offsets().to_vec(), p.pair_of_row().to_vec());
+        let options = PermuteOptions::default();
+        assert!(p.sort(&cpu, &[1, wrong, 2], 5, &options).is_err());
+        assert_eq!((p.offsets().to_vec(), p.pair_of_row().to_vec()), before);
+    }
+}
+
+#[test]
 fn chunks_and_threads_do_not_show() {
     // One below, at and one above one and two chunks of 8192 pairs, and chunks as long as E.
     for (pairs, num_experts) in [

@@ -10,6 +10,10 @@
 //! its first pair of each expert goes. A stable sort has one answer, so neither the chunks nor the threads show in the result.
 #![allow(unsafe_code)] // the scatter: disjoint writes from several threads
 
+mod few;
+
+pub(crate) use few::{are_few, sort_few};
+
 use super::Cpu;
 use super::parallel::{TaskCounter, for_each_worker};
 use super::shared::{SharedRows, SharedSlice};

@@ -27,6 +27,7 @@ use super::simd::math::REDUCTION_LANES;
 use super::simd::{Op, Simd, dispatch};
 use crate::matrix::{AnyMatRef, MatMut};
 use crate::routing::{RankBy, RouterConfig, Selection};
+use batch::{RouteAlone, RouteBatch, Way};
 use logits::{load_row, scores};
 use select::{EXCLUDED, GroupRoom, Keys, best_key, keys, limit_groups, top_k};
 
@@ -194,8 +195,11 @@ impl Worker {
 
 /// Threads that a call of so many tokens runs on.
 pub(crate) fn threads(cpu: &Cpu, config: &RouterConfig, tokens: usize) -> usize {
-    let useful = tokens.saturating_mul(config.num_logits()) / LOGITS_PER_THREAD;
-    cpu.threads().min(useful).max(1)
+    match tokens.saturating_mul(config.num_logits()) / LOGITS_PER_THREAD {
+        // The pool need not be asked.
+        0 | 1 => 1,
+        useful => cpu.threads().min(useful).max(1),
+    }
 }
 
 /// Makes `workers` fit for a call; see [`Worker::fit`]. Never shrinks their number.
@@ -284,19 +288,39 @@ impl Op for RouteTokens<'_, '_> {
         for first in (0..tokens).step_by(step) {
             let mut out = self.out.range(first, step.min(tokens - first), job.config);
             let t = self.first + first;
-            if let Some(plan) = &plan {
-                batch::route(s, job, plan, t, self.worker, &mut out);
+            let way = plan.map_or(Way::Careful, |plan| plan.way(job.config, out.tokens));
+            if let (Way::Batch, Some(plan)) = (way, &plan) {
+                let (worker, out) = (&mut *self.worker, out.reborrow());
+                s.outline(RouteBatch {
+                    job,
+                    plan,
+                    worker,
+                    t,
+                    out,
+                });
             }
             for i in 0..out.tokens {
-                if plan.is_none_or(|plan| batch::is_strange(&plan, &self.worker.room, i)) {
-                    let (worker, out) = (&mut *self.worker, out.token(i, job.config));
-                    let t = t + i;
-                    s.outline(RouteToken {
+                let worker = &mut *self.worker;
+                if let (Way::Batch, Some(plan)) = (way, &plan)
+                    && !batch::is_strange(plan, &worker.room, i)
+                {
+                    continue;
+                }
+                let (out, t) = (out.token(i, job.config), t + i);
+                match (way, &plan) {
+                    (Way::Alone, Some(plan)) => s.outline(RouteAlone {
+                        job,
+                        plan,
+                        worker,
+                        t,
+                        out,
+                    }),
+                    _ => s.outline(RouteToken {
                         job,
                         worker,
                         t,
                         out,
-                    });
+                    }),
                 }
             }
         }
@@ -339,7 +363,8 @@ fn route_token<S: Simd>(s: S, job: &Job<'_>, t: usize, w: &mut Worker, out: Out<
                 &w.z
             };
             keys(s, n, values, job.bias, &mut w.keys);
-            if let Some(groups) = groups {
+            // Limiting to all groups is no limit.
+            if let Some(groups) = groups.filter(|g| g.topk_group < g.n_group) {
                 let room = GroupRoom {
                     keys: &mut w.group_keys,
                     kept: &mut w.kept_groups,

@@ -29,6 +29,8 @@ pub struct Routing {
     importance: Vec<i32>,
     workers: Vec<Worker>,
     across: Across,
+    /// Config, tokens and threads of the last [`fit`](Self::fit), unless something has changed the sizes since.
+    fitted: Option<(RouterConfig, usize, usize)>,
     permutation: Permutation,
     /// Experts and alignment that the permutation was made for.
     sorted_for: PermuteOptions,
@@ -181,6 +183,7 @@ impl Routing {
             ..PermuteOptions::default()
         };
         check_options(given.ids.len(), given.num_experts, &options)?;
+        self.fitted = None;
         self.tokens = tokens;
         self.slots = slots;
         self.num_experts = given.num_experts;
@@ -206,6 +209,14 @@ impl Routing {
 
     /// Sizes everything for a call.
     pub(super) fn fit(&mut self, config: &RouterConfig, tokens: usize, threads: usize) {
+        // Most calls of a decode loop. To compare costs less than to look at every buffer.
+        if let Some((old_config, old_tokens, old_threads)) = &self.fitted
+            && (*old_tokens, *old_threads) == (tokens, threads)
+            && old_config == config
+        {
+            return;
+        }
+        self.fitted = Some((config.clone(), tokens, threads));
         let pairs = tokens * config.slots();
         self.tokens = tokens;
         self.slots = config.slots();

@@ -233,8 +233,17 @@ fn a_reused_routing_equals_a_fresh_one() {
         for setup in setups::all(seed, 36, 5, tokens, 1.0) {
             for cpu in cpus() {
                 let input = setup.input(0, tokens);
+                let fresh = setup.route(&cpu);
                 setup.router().route(&cpu, &input, &mut reused).unwrap();
-                assert_equal(&reused, &setup.route(&cpu), setup.name);
+                assert_equal(&reused, &fresh, setup.name);
+                assert_valid(&setup, &reused);
+                // The same call once more, and after ids of other sizes.
+                setup.router().route(&cpu, &input, &mut reused).unwrap();
+                assert_equal(&reused, &fresh, setup.name);
+                let given = GivenRouting::new(9, 2, &[1, 8, 3, 3], &[0.5; 4]);
+                reused.set_given(&cpu, &given).unwrap();
+                setup.router().route(&cpu, &input, &mut reused).unwrap();
+                assert_equal(&reused, &fresh, setup.name);
                 assert_valid(&setup, &reused);
             }
         }

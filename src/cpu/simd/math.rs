@@ -30,12 +30,6 @@ fn polynomial<S: Simd, const N: usize>(s: S, x: S::F, c: [f32; N]) -> S::F {
     p
 }
 
-/// 2ⁿ for −126 ≤ n ≤ 127.
-#[inline(always)]
-fn power_of_two<S: Simd>(s: S, n: S::I) -> S::F {
-    s.from_bits(s.shl::<23>(s.add_i(n, s.splat_i(127))))
-}
-
 /// eˣ; error ≤ 0.9 ulp, subnormal results included; 0 below −103.98, ∞ above 88.72.
 ///
 /// x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ = 1 + r + r²·q(r), and 2ⁿ is applied so that the result rounds once, subnormal ones included
@@ -88,6 +82,13 @@ pub(crate) fn exp_padded<S: Simd>(s: S, x: S::F) -> S::F {
 /// k·ln 2 + ln(1 + f) for √½ − 1 ≤ f ≤ √2 − 1.
 #[inline(always)]
 fn ln_reduced<S: Simd>(s: S, k: S::F, f: S::F) -> S::F {
+    let tail = ln_tail(s, f, s.mul(k, s.splat(LN_2_LO)));
+    s.fma(k, s.splat(LN_2_HI), tail)
+}
+
+/// ln(1 + f) + low for √½ − 1 ≤ f ≤ √2 − 1 and a tiny `low`.
+#[inline(always)]
+fn ln_tail<S: Simd>(s: S, f: S::F, low: S::F) -> S::F {
     let p = polynomial(
         s,
         f,
@@ -104,9 +105,9 @@ fn ln_reduced<S: Simd>(s: S, k: S::F, f: S::F) -> S::F {
         ],
     );
     let ff = s.mul(f, f);
-    let tail = s.fma(s.mul(f, ff), p, s.mul(k, s.splat(LN_2_LO)));
+    let tail = s.fma(s.mul(f, ff), p, low);
     let tail = s.fma(ff, s.splat(-0.5), tail);
-    s.fma(k, s.splat(LN_2_HI), s.add(f, tail))
+    s.add(f, tail)
 }
 
 /// The k with √½ ≤ u·2⁻ᵏ < √2, for normal u > 0.
@@ -130,23 +131,6 @@ pub(crate) fn ln<S: Simd>(s: S, x: S::F) -> S::F {
     let r = s.select(s.lt(x, s.splat(f32::INFINITY)), r, x); // ∞ and NaN
     let r = s.select(s.eq(x, zero), s.splat(f32::NEG_INFINITY), r);
     s.select(s.lt(x, zero), s.splat(f32::NAN), r)
-}
-
-/// ln(1 + x) for x ≥ 0 only (what softplus needs); error ≤ 1.4 ulp. ∞ at ∞.
-///
-/// With 2ᵏ from the rounded 1 + x, the reduced argument is f = x·2⁻ᵏ + (2⁻ᵏ − 1): one fma, exact for k = 0, so small x keeps its bits.
-#[inline(always)]
-pub(crate) fn log1p<S: Simd>(s: S, x: S::F) -> S::F {
-    let one = s.splat(1.0);
-    let u = s.add(x, one);
-    let k = binary_exponent(s, u);
-    let scale = power_of_two(s, s.sub_i(s.splat_i(0), k));
-    let f = s.fma(x, scale, s.sub(scale, one));
-    // From 2²⁵ on 1 + x = x in f32, and 2⁻ᵏ would soon leave the range.
-    let m = s.from_bits(s.sub_i(s.to_bits(u), s.shl::<23>(k)));
-    let f = s.select(s.gt_i(k, s.splat_i(25)), s.sub(m, one), f);
-    let r = ln_reduced(s, s.to_float(k), f);
-    s.select(s.lt(x, s.splat(f32::INFINITY)), r, x)
 }
 
 /// 1 / (1 + e⁻ˣ), computed as `(x < 0 ? e : 1) / (1 + e)` with e = exp(−|x|), which underflows gradually; error ≤ 2.5 ulp.
@@ -173,11 +157,26 @@ pub(crate) fn silu<S: Simd>(s: S, x: S::F) -> S::F {
     times_sigmoid(s, x, x)
 }
 
+/// ln(1 + x) for 0 ≤ x ≤ 1 or NaN (what softplus needs); error ≤ 1.4 ulp.
+///
+/// As k·ln 2 + ln(1 + f) with √½ ≤ 1 + f < √2, where k is 0 or 1, so that all it decides is three selections: k = 0 has f = x, k = 1 has f = x/2 − ½. The bits are those
+/// of the general form, for every x ≥ 0, that `math/tests.rs` keeps to compare.
+#[inline(always)]
+fn log1p_unit<S: Simd>(s: S, x: S::F) -> S::F {
+    let u = s.add(x, s.splat(1.0));
+    let k0 = s.lt(u, s.splat(2.0 * core::f32::consts::FRAC_1_SQRT_2));
+    let zero = s.splat(0.0);
+    let f = s.select(k0, x, s.fma(x, s.splat(0.5), s.splat(-0.5)));
+    let low = s.select(k0, zero, s.splat(LN_2_LO));
+    let high = s.select(k0, zero, s.splat(LN_2_HI));
+    s.add(high, ln_tail(s, f, low))
+}
+
 /// ln(1 + eˣ), computed as `max(x, 0) + log1p(exp(−|x|))`; error ≤ 2 ulp.
 #[inline(always)]
 pub(crate) fn softplus<S: Simd>(s: S, x: S::F) -> S::F {
     let e = exp_low(s, s.neg(s.abs(x)));
-    s.add(s.max(x, s.splat(0.0)), log1p(s, e))
+    s.add(s.max(x, s.splat(0.0)), log1p_unit(s, e))
 }
 
 /// tanh x; error ≤ 1.5 ulp, near 0 too. −0 stays −0.

@@ -17,6 +17,7 @@
 //! | file | does |
 //! |---|---|
 //! | `narrow.rs` | all of it for at most sixteen experts: across tokens from beginning to end |
+//! | `alone.rs` | the same for few tokens: an expert is a lane |
 //! | `values.rs` | rows of scores, where the logit is not what is ranked; sums of softmax |
 //! | `groups.rs` | the best groups |
 //! | `prune.rs` | a few candidates of each row |
@@ -24,6 +25,7 @@
 //! | `weigh.rs` | sorted ids and their weights |
 //! | `tile.rs` | transposition |
 
+mod alone;
 mod groups;
 mod narrow;
 mod prune;
@@ -32,10 +34,12 @@ mod tile;
 mod values;
 mod weigh;
 
+pub(super) use alone::RouteAlone;
+
 use super::logits::Block;
 use super::{Job, Out, Worker, load_row};
 use crate::cpu::simd::math::REDUCTION_LANES;
-use crate::cpu::simd::{MAX_LANES, Simd};
+use crate::cpu::simd::{MAX_LANES, Op, Simd};
 use crate::matrix::{AnyMatRef, MatRef};
 use crate::routing::{
     GroupLimit, MaskedFill, NullExperts, RankBy, Renorm, RouterConfig, Score, Selection,
@@ -51,6 +55,10 @@ use weigh::{sorted_tile, weigh_tile};
 const TOKENS: usize = MAX_LANES;
 /// Logits of a batch: what fits the first-level cache twice.
 const LOGITS: usize = 8192;
+/// The most tokens that are routed one after the other where sixteen experts are all: fewer than a tile has on any instruction set.
+const ALONE: usize = 3;
+/// Rows so short are routed one after the other, too, where there are two of them.
+const PAIR_LOGITS: usize = 256;
 /// The width of [`network`], the largest K and the most groups.
 const SLOTS: usize = 16;
 /// Candidates that there is room for. K ≤ [`NARROW_K`] looks at [`SLOTS`] of them, a larger K at all: for K = 12 there are 15 on average, for 16 there are 22.
@@ -60,9 +68,10 @@ const NARROW_K: usize = 8;
 /// A row of candidates, with room for one vector beyond the last.
 const ROW: usize = MAX_CANDIDATES + MAX_LANES;
 /// How far below the bound a logit may lie and still have the same score: exp errs by 0.9 ulp and the quotient by half a one, some 2⁻²¹
-/// altogether; the difference to the maximum (at most [`REACH`]) is rounded to 2⁻¹⁸.
+/// altogether; the difference to the maximum (at most [`REACH`]) is rounded to 2⁻¹⁸. √softplus is flattest for large logits: at [`REACH`] it changes by 12 ulp within the
+/// margin and errs by 2.
 const MARGIN: f32 = 1.0 / 4096.0;
-/// Logits so far below the maximum are left to the careful path: there scores are subnormal, and many are equal.
+/// Logits so far below the maximum are left to the careful path: there scores are subnormal, and many are equal. For √softplus, logits so far from 0.
 const REACH: f32 = 80.0;
 
 /// Tokens of a batch.
@@ -77,6 +86,8 @@ enum Ranked {
     Logit,
     /// Softmax, searched for by logit.
     Softmax,
+    /// √softplus, searched for by logit.
+    SqrtSoftplus,
     /// A row of values that is computed first: scores, bias, groups.
     Computed,
 }
@@ -139,6 +150,7 @@ impl<'a> Plan<'a> {
             () if biased || groups.is_some() => Ranked::Computed,
             () if by_logit => Ranked::Logit,
             () if config.score == Score::Softmax => Ranked::Softmax,
+            () if config.score == Score::SqrtSoftplus => Ranked::SqrtSoftplus,
             () => Ranked::Computed,
         };
         // A group filled with zeros ranks by them, but weighs by its scores.
@@ -168,6 +180,30 @@ impl<'a> Plan<'a> {
                 && !matches!(config.renorm, Renorm::PNorm(_))
                 && !matches!(config.null_experts, NullExperts::Zero(_)),
         })
+    }
+}
+
+/// How the tokens of a batch are routed. All ways give the same bits.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Way {
+    /// Across tokens: [`route`], and the careful path for those that are strange.
+    Batch,
+    /// One after the other, experts in lanes: [`RouteAlone`].
+    Alone,
+    /// One after the other, the careful path.
+    Careful,
+}
+
+impl Plan<'_> {
+    /// The fastest: a tile costs as much for one token as for `LANES`.
+    pub(super) fn way(&self, config: &RouterConfig, tokens: usize) -> Way {
+        match tokens {
+            ..=ALONE if self.narrow => Way::Alone,
+            _ if self.narrow => Way::Batch,
+            0 | 1 => Way::Careful,
+            2 if self.groups.is_none() && config.num_logits() <= PAIR_LOGITS => Way::Careful,
+            _ => Way::Batch,
+        }
     }
 }
 
@@ -248,9 +284,27 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// Neighbouring tokens, at most [`batch_len`], from token `t` on. An op, since a call of one token would pay for its stack.
+pub(super) struct RouteBatch<'a, 'o> {
+    pub job: &'a Job<'a>,
+    pub plan: &'a Plan<'a>,
+    pub worker: &'a mut Worker,
+    pub t: usize,
+    pub out: Out<'o>,
+}
+
+impl Op for RouteBatch<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        route(s, self.job, self.plan, self.t, self.worker, &mut self.out);
+    }
+}
+
 /// Routes tokens `first ..` of `job`, at most [`batch_len`].
 #[inline(always)]
-pub(super) fn route<S: Simd>(
+fn route<S: Simd>(
     s: S,
     job: &Job<'_>,
     plan: &Plan<'_>,
@@ -277,7 +331,6 @@ pub(super) fn route<S: Simd>(
     let room = &mut *w.room;
     room.strange = [0; TOKENS];
     if plan.narrow {
-        room.counts = [0; TOKENS];
         for tile in (0..tokens).step_by(S::LANES) {
             route_narrow(s, job, plan, rows, tile, room, out);
         }

@@ -5,7 +5,8 @@
 //! 1. 32 interleaved columns have 32 maxima, each a different expert; the K-th largest maximum bounds the K-th largest value from below, and about
 //!    32·ln(32 / (32 − K)) values reach it (9 for K = 8);
 //! 2. the maxima of `LANES` tokens are sorted at once; the K largest of two sorted halves need no merge, only their smallest does;
-//! 3. for softmax the bound is on logits, less a margin for the rounding of exp and quotient, so that only candidates need a quotient;
+//! 3. for softmax the bound is on logits, less a margin for the rounding of exp and quotient, so that only candidates need a quotient; for √softplus too, so that only
+//!    candidates need a score;
 //! 4. candidates are moved to the front by compression, without a branch but for whole blocks of long rows.
 
 use super::sort::sort_values;
@@ -29,17 +30,22 @@ pub(super) fn bounds<S: Simd>(s: S, k: usize, plan: &Plan<'_>, tile: usize, room
         bound = s.min(s.max(low, high), bound);
     }
     let max = s.max(low[0], high[0]);
-    let ok = if plan.ranked == Ranked::Softmax {
-        s.lt(s.splat(-REACH), s.sub(bound, max)) // false for NaN
-    } else {
-        s.lt(s.splat(f32::NEG_INFINITY), bound)
+    let (one, none) = (s.splat_i(1), s.splat_i(0));
+    let is_strange = match plan.ranked {
+        // False for NaN.
+        Ranked::Softmax => s.select_i(s.lt(s.splat(-REACH), s.sub(bound, max)), none, one),
+        Ranked::SqrtSoftplus => {
+            let too_large = s.select_i(s.lt(max, s.splat(REACH)), none, one);
+            s.select_i(s.lt(s.splat(-REACH), bound), too_large, one)
+        }
+        _ => s.select_i(s.lt(s.splat(f32::NEG_INFINITY), bound), none, one),
     };
     let mut strange = [0; MAX_LANES];
-    s.store_slice_i(&mut strange, s.select_i(ok, s.splat_i(0), s.splat_i(1)));
+    s.store_slice_i(&mut strange, is_strange);
     for (all, &this) in room.strange[tile..].iter_mut().zip(&strange[..S::LANES]) {
         *all |= this;
     }
-    if plan.ranked == Ranked::Softmax {
+    if matches!(plan.ranked, Ranked::Softmax | Ranked::SqrtSoftplus) {
         bound = s.sub(bound, s.splat(MARGIN));
     }
     if plan.ranked != Ranked::Computed {

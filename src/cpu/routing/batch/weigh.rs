@@ -15,7 +15,7 @@ use crate::cpu::routing::select::{NAN, key};
 use crate::cpu::routing::{Job, Out, weigh};
 use crate::cpu::simd::math::exp_low;
 use crate::cpu::simd::{MAX_LANES, Simd};
-use crate::routing::{Renorm, RouterConfig};
+use crate::routing::{Renorm, RouterConfig, Score};
 
 /// A NaN.
 const NAN_BITS: i32 = f32::NAN.to_bits() as i32;
@@ -41,6 +41,7 @@ fn sorted_candidates<S: Simd>(
     for slot in 0..SLOTS {
         let value = match plan.ranked {
             Ranked::Softmax => s.div(exp_low(s, s.sub(values[slot], max)), sum),
+            Ranked::SqrtSoftplus => elementwise(s, Score::SqrtSoftplus, values[slot]),
             Ranked::Logit | Ranked::Computed => values[slot],
         };
         let is_one = s.gt_i(counts, s.splat_i((first + slot) as i32));

@@ -1,0 +1,186 @@
+//! At most sixteen experts and few tokens: an expert is a lane.
+//!
+//! The easy version is `narrow.rs` for a tile of which one lane is in use. Here the sixteen experts of one token are one vector (two with eight lanes, four with four):
+//!
+//! 1. one exponential, one quotient, one key for all of them;
+//! 2. the rank of each is the number of experts before it, counted: its place among the ids;
+//! 3. sums are the butterfly of `Lanes32`, whose other lanes hold zeros, and weights are finished in slot order by `routing/weigh.rs`: the bits of `narrow.rs`.
+
+use super::{Plan, Raw, SLOTS};
+use crate::cpu::routing::logits::{elementwise, load_row};
+use crate::cpu::routing::select::key;
+use crate::cpu::routing::{Job, Out, Worker, weigh};
+use crate::cpu::simd::math::exp_padded;
+use crate::cpu::simd::{Op, Simd};
+use crate::routing::{RankBy, Score, Selection};
+
+/// The experts of one token.
+type Row = [f32; SLOTS];
+
+/// Token `t`, to which `out` belongs.
+pub(in crate::cpu::routing) struct RouteAlone<'a, 'o> {
+    pub job: &'a Job<'a>,
+    pub plan: &'a Plan<'a>,
+    pub worker: &'a mut Worker,
+    pub t: usize,
+    pub out: Out<'o>,
+}
+
+impl Op for RouteAlone<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        route_alone(s, self.job, self.plan, self.t, self.worker, self.out);
+    }
+}
+
+#[inline(always)]
+fn route_alone<S: Simd>(
+    s: S,
+    job: &Job<'_>,
+    plan: &Plan<'_>,
+    t: usize,
+    w: &mut Worker,
+    out: Out<'_>,
+) {
+    let config = job.config;
+    let n = config.num_logits();
+    load_row(s, job, t, &mut w.z, &mut w.noise, &mut w.normals);
+    let Some(z) = w.z.first().and_then(|block| block.first_chunk::<SLOTS>()) else {
+        return;
+    };
+    let mut soft = [0.0; SLOTS];
+    if plan.softmax {
+        softmax(s, z, &mut soft);
+    }
+    let mut scores = *z;
+    let by_logit = matches!(
+        config.selection,
+        Selection::TopK {
+            rank_by: RankBy::Logit,
+            ..
+        }
+    );
+    match config.score {
+        Score::Softmax | Score::Identity => {}
+        _ if by_logit && plan.raw != Raw::Elementwise => {}
+        score => {
+            for i in (0..SLOTS).step_by(S::LANES) {
+                s.store_slice(
+                    &mut scores[i..],
+                    elementwise(s, score, s.load_slice(&z[i..])),
+                );
+            }
+        }
+    }
+    let ranked = match config.score {
+        _ if by_logit => z,
+        Score::Softmax => &soft,
+        _ => &scores,
+    };
+    rank(s, job, n, ranked, out.ids);
+    match plan.raw {
+        Raw::Selected => {
+            weigh::raw_weights(
+                s,
+                config,
+                &w.z,
+                &[],
+                out.ids,
+                &mut w.selected,
+                out.weights,
+                out.shared,
+            );
+        }
+        raw => {
+            let from = match raw {
+                Raw::Key => ranked,
+                Raw::Softmax => &soft,
+                _ => &scores,
+            };
+            for (weight, &id) in out.weights.iter_mut().zip(out.ids.iter()) {
+                *weight = from[id as usize % SLOTS];
+            }
+        }
+    }
+    weigh::finish(job, out.ids, out.weights, out.shared);
+}
+
+/// The butterfly of sixteen lanes: lane l takes lane l + 8, then l + 4, 2, 1. Lanes zipped with themselves are each there twice as often, so that in the end all of them hold the
+/// result. A macro, since a closure that is not inlined would lose the instruction set.
+macro_rules! butterfly {
+    ($s:ident: $simd:ident, $operation:ident, $vectors:expr) => {{
+        let mut v: [$simd::F; 4] = $vectors;
+        let mut left = SLOTS / $simd::LANES;
+        while left > 1 {
+            left /= 2;
+            for i in 0..left {
+                v[i] = $s.$operation(v[i], v[i + left]);
+            }
+        }
+        let (mut all, mut lanes) = (v[0], $simd::LANES);
+        while lanes > 1 {
+            let (low, high) = $s.zip(all, all);
+            all = $s.$operation(low, high);
+            lanes /= 2;
+        }
+        all
+    }};
+}
+
+/// `soft = exp(z − max z) / Σ exp(z − max z)`. What is beyond the last expert holds −∞ and becomes +0.0.
+#[inline(always)]
+fn softmax<S: Simd>(s: S, z: &Row, soft: &mut Row) {
+    // As many of the four as sixteen lanes fill.
+    let mut v = [s.splat(0.0); 4];
+    for (v, z) in v.iter_mut().zip(z.chunks_exact(S::LANES)) {
+        // NaN is passed over.
+        *v = s.max(s.load_slice(z), s.splat(f32::NEG_INFINITY));
+    }
+    let max = butterfly!(s: S, max, v);
+    for (v, z) in v.iter_mut().zip(z.chunks_exact(S::LANES)) {
+        *v = exp_padded(s, s.sub(s.load_slice(z), max));
+    }
+    let sum = butterfly!(s: S, add, v);
+    for (&v, soft) in v.iter().zip(soft.chunks_exact_mut(S::LANES)) {
+        s.store_slice(soft, s.div(v, sum));
+    }
+}
+
+/// The K best of the first `n` values plus bias.
+#[inline(always)]
+fn rank<S: Simd>(s: S, job: &Job<'_>, n: usize, values: &Row, ids: &mut [i32]) {
+    const LANE: [i32; SLOTS] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+    let mut keys = [0; SLOTS];
+    for i in (0..SLOTS).step_by(S::LANES) {
+        let mut x = s.load_slice(&values[i..]);
+        if let Some(bias) = job.bias.first() {
+            x = s.add(x, s.load_slice(&bias[i..]));
+        }
+        s.store_slice_i(&mut keys[i..], key(s, x));
+    }
+    let mut ranks = [0; SLOTS];
+    for i in (0..SLOTS).step_by(S::LANES) {
+        let mine = s.load_slice_i(&keys[i..]);
+        let lane = s.load_slice_i(&LANE[i..]);
+        // An equal key of a lower id comes before too: it is greater than mine − 1.
+        let mine_less = s.sub_i(mine, s.splat_i(1));
+        let mut rank = s.splat_i(0);
+        for (e, &other) in keys[..n].iter().enumerate() {
+            let is_lower = s.gt_i(lane, s.splat_i(e as i32));
+            let rival = s.select_i(is_lower, mine_less, mine);
+            let beats = s.gt_i(s.splat_i(other), rival);
+            rank = s.add_i(rank, s.select_i(beats, s.splat_i(1), s.splat_i(0)));
+        }
+        s.store_slice_i(&mut ranks[i..], rank);
+    }
+    // The ranks of n experts are 0..n, each once.
+    let mut sorted = [0; SLOTS];
+    for (&rank, e) in ranks[..n].iter().zip(0..) {
+        sorted[rank as usize % SLOTS] = e;
+    }
+    for (id, &e) in ids.iter_mut().zip(&sorted) {
+        *id = e;
+    }
+}
