@@ -22,7 +22,9 @@ from collections import Counter, namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-Tile = namedtuple("Tile", "isa format m p stream")
+Tile = namedtuple("Tile", "isa format m p pace")
+# `Pace` of kernel.rs: how the tile asks for what comes next.
+PACES = ["counted", "stream", "stream L2", "counted L2"]
 # What a tile of each kind multiplies with, and on what.
 MEANT = {
     "avx512": (r"^vfn?madd\d+ps\s.*%zmm", "vfmadd on zmm"),
@@ -66,12 +68,11 @@ def tile_of(symbol):
         return None
     isa = re.search(r"(avx512|avx2|neon)", symbol)
     # A type that was named before is written as a back reference, so the format may hide: it is named by the instructions then.
-    shape = re.search(r"Kj([0-9a-f]+)_Kj([0-9a-f]+)_Kh([012])_", symbol)
+    shape = re.search(r"Kj([0-9a-f]+)_Kj([0-9a-f]+)_Kh([0-3])_", symbol)
     found = re.search(r"\d+Panel(F32|F16|Bf16Dot|Bf16)", symbol)
     if not (isa and shape and found):
         return None
-    m, p, stream = (int(digits, 16) for digits in shape.groups())
-    return Tile(isa[1], found[1], m, p, stream > 0)
+    return Tile(isa[1], found[1], *(int(digits, 16) for digits in shape.groups()))
 
 
 def hot_loop(lines):
@@ -132,7 +133,7 @@ def judge(tile, body):
         complaints.append(f"{counts['beside']} instructions beside for {n} multiply-adds")
     least = least_for(tile)
     row = (
-        f"{tile.isa:7} {tile.format:8} {tile.m:2} × {tile.p}{' stream' if tile.stream else '       '}"
+        f"{tile.isa:7} {tile.format:8} {tile.m:2} × {tile.p} {PACES[tile.pace]:10}"
         f" {len(fmas):4} FMA {counts['loads']:4} loads {counts['broadcasts']:4} broadcasts {counts['prefetches']:3} prefetches"
         f" {counts['beside']:4} beside {spills:3} stack   {len(body) / n:.2f} an FMA, least {least:.2f}"
     )
@@ -156,11 +157,11 @@ def least_for(tile):
 
 
 def largest(tiles):
-    """The tiles in which large batches spend their time: the most rows, one panel, no stream, of each kind."""
+    """The tiles in which large batches spend their time: the most rows, one panel, no stream, of each kind and pace."""
     best = {}
     for tile in tiles:
-        key = (tile.isa, tile.format)
-        if tile.p == 1 and not tile.stream and (key not in best or tile.m > best[key].m):
+        key = (tile.isa, tile.format, tile.pace)
+        if tile.p == 1 and "stream" not in PACES[tile.pace] and (key not in best or tile.m > best[key].m):
             best[key] = tile
     return set(best.values())
 

@@ -64,7 +64,8 @@ pub(crate) struct Prefetch {
     pub(crate) then: *const u8,
 }
 
-/// How a tile asks for lines. Evenly used and counted lines have a variant of the tile each, since a count inside the loop costs more than it brings where B is used once.
+/// How a tile asks for lines. One variant of the tile each: a count inside the loop costs more than it brings where B is used once, and with a choice of caches inside it
+/// the compiler spilled the sums of the largest bf16 tile.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pace {
     /// So many for so many steps, into L1.
@@ -73,13 +74,14 @@ pub(crate) enum Pace {
     AsUsed,
     /// The same, into L2.
     AsUsedL2,
-    /// As [`Pace::Counted`], into L2. It shares that tile: a branch that is always foretold costs nothing beside the line that it asks for.
+    /// As [`Pace::Counted`], into L2.
     CountedL2,
 }
 
 const COUNTED: u8 = Pace::Counted as u8;
 const AS_USED: u8 = Pace::AsUsed as u8;
 const AS_USED_L2: u8 = Pace::AsUsedL2 as u8;
+const COUNTED_L2: u8 = Pace::CountedL2 as u8;
 
 impl Prefetch {
     pub(crate) const NONE: Self = Self {
@@ -91,7 +93,7 @@ impl Prefetch {
     };
 }
 
-/// M rows × P panels. `PACE` is a [`Pace`], with [`Pace::Counted`] for both that are counted.
+/// M rows × P panels. `PACE` is a [`Pace`].
 struct Tile<Format, const M: usize, const P: usize, const PACE: u8> {
     args: TileArgs,
     format: PhantomData<Format>,
@@ -128,7 +130,6 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
             }
         }
         let (mut a, mut b, mut ahead) = (t.a, t.b, t.prefetch.from);
-        let far = const { PACE == COUNTED && S::PREFETCH_L2 } && t.prefetch.pace == Pace::CountedL2;
         // A macro and not a closure: a closure that is not inlined would lose the instruction set (it did: 30 times slower).
         macro_rules! advance {
             ($by:ident, $steps:expr) => {
@@ -149,7 +150,7 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
                 for _ in 0..$lines {
                     for p in 0..P {
                         let line = ahead.wrapping_add(p * t.b_stride);
-                        if PACE == AS_USED_L2 || far {
+                        if PACE == AS_USED_L2 || PACE == COUNTED_L2 {
                             s.prefetch_l2(line);
                         } else {
                             s.prefetch(line);
@@ -159,6 +160,7 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
                 }
             };
         }
+        let counted = const { PACE == COUNTED || PACE == COUNTED_L2 };
         let line_steps = LINE / Format::WORDS;
         let step_bytes = nr * Format::COLUMN_BYTES;
         let mut left = t.steps;
@@ -168,18 +170,18 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
                 ahead = t.prefetch.then;
             }
             for _ in 0..now / UNROLL {
-                if PACE == COUNTED {
+                if counted {
                     ask!(t.prefetch.lines);
                 }
                 if const { S::BY_ELEMENT } {
-                    if PACE != COUNTED {
+                    if !counted {
                         ask!(step_bytes * UNROLL / 64);
                     }
                     advance!(steps, UNROLL);
                     continue;
                 }
                 for u in 0..UNROLL {
-                    if PACE != COUNTED {
+                    if !counted {
                         // Constants once the loop is unrolled.
                         ask!(step_bytes * (u + 1) / 64 - step_bytes * u / 64);
                     }
@@ -302,6 +304,13 @@ impl<S: Simd, Format: PanelFormat> MicroKernel for Kernel<S, Format> {
                             // SAFETY: this function's contract.
                             unsafe {
                                 match args.prefetch.pace {
+                                    // Slices are shared by tiles of half the most rows at the least.
+                                    Pace::CountedL2 if const {
+                                        S::PREFETCH_L2 && $p == 1 && 2 * $m >= Self::MR
+                                    } =>
+                                    {
+                                        self.outline(Tile::<Format, $m, $p, COUNTED_L2>::new(args));
+                                    }
                                     Pace::Counted | Pace::CountedL2 => {
                                         self.outline(Tile::<Format, $m, $p, COUNTED>::new(args));
                                     }
