@@ -288,8 +288,10 @@ impl Op for RouteTokens<'_, '_> {
         for first in (0..tokens).step_by(step) {
             let mut out = self.out.range(first, step.min(tokens - first), job.config);
             let t = self.first + first;
-            let way = plan.map_or(Way::Careful, |plan| plan.way(job.config, out.tokens));
-            if let (Way::Batch, Some(plan)) = (way, &plan) {
+            let way = plan
+                .as_ref()
+                .map_or(Way::Careful, |plan| plan.way(job.config, out.tokens));
+            if let Way::Batch(plan) = way {
                 let (worker, out) = (&mut *self.worker, out.reborrow());
                 s.outline(RouteBatch {
                     job,
@@ -300,26 +302,21 @@ impl Op for RouteTokens<'_, '_> {
                 });
             }
             for i in 0..out.tokens {
-                let worker = &mut *self.worker;
-                if let (Way::Batch, Some(plan)) = (way, &plan)
-                    && !batch::is_strange(plan, &worker.room, i)
-                {
-                    continue;
-                }
-                let (out, t) = (out.token(i, job.config), t + i);
-                match (way, &plan) {
-                    (Way::Alone, Some(plan)) => s.outline(RouteAlone {
+                let (worker, t) = (&mut *self.worker, t + i);
+                match way {
+                    Way::Batch(plan) if !batch::is_strange(plan, &worker.room, i) => {}
+                    Way::Alone(plan) => s.outline(RouteAlone {
                         job,
                         plan,
                         worker,
                         t,
-                        out,
+                        out: out.token(i, job.config),
                     }),
                     _ => s.outline(RouteToken {
                         job,
                         worker,
                         t,
-                        out,
+                        out: out.token(i, job.config),
                     }),
                 }
             }

@@ -25,7 +25,7 @@ pub(super) enum Streaming {
     /// Into L1. On a Zen 5 core T = 64 is 7% slower into L2.
     IntoL1,
     /// Into L2. On an Emerald Rapids core 7% (T = 64, f32), 2% (T = 64, bf16) and 4% (T = 8, f32) faster than into L1, whose sixteen misses under way the loads want, too;
-    /// with 24 to 32 rows of an expert, where slices are shared, 3 to 5%, with 64 rows 1%.
+    /// with 24 to 32 rows of an expert, where slices are shared, 2 to 6%, with 64 rows 0 to 1%.
     IntoL2,
     /// By the hardware alone up to this many rows, and then one panel at a time. On a Zen 4 core a tile alone reads 28 to 30 GB/s of 30 so, 23 to 26 when it asks for lines itself;
     /// from 11 rows on asking is level or better.

@@ -12,7 +12,7 @@ use crate::cpu::routing::select::key;
 use crate::cpu::routing::{Job, Out, Worker, weigh};
 use crate::cpu::simd::math::exp_padded;
 use crate::cpu::simd::{Op, Simd};
-use crate::routing::{RankBy, Score, Selection};
+use crate::routing::Score;
 
 /// The experts of one token.
 type Row = [f32; SLOTS];
@@ -55,16 +55,9 @@ fn route_alone<S: Simd>(
         softmax(s, z, &mut soft);
     }
     let mut scores = *z;
-    let by_logit = matches!(
-        config.selection,
-        Selection::TopK {
-            rank_by: RankBy::Logit,
-            ..
-        }
-    );
     match config.score {
         Score::Softmax | Score::Identity => {}
-        _ if by_logit && plan.raw != Raw::Elementwise => {}
+        _ if plan.by_logit && plan.raw != Raw::Elementwise => {}
         score => {
             for i in (0..SLOTS).step_by(S::LANES) {
                 s.store_slice(
@@ -75,7 +68,7 @@ fn route_alone<S: Simd>(
         }
     }
     let ranked = match config.score {
-        _ if by_logit => z,
+        _ if plan.by_logit => z,
         Score::Softmax => &soft,
         _ => &scores,
     };

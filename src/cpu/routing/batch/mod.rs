@@ -111,6 +111,8 @@ pub(super) struct Plan<'a> {
     /// The logits, where they can be used as they are.
     in_place: Option<MatRef<'a, f32>>,
     ranked: Ranked,
+    /// What is ranked, before bias and groups, is the logit and not its score.
+    by_logit: bool,
     /// Score and weight need the maximum and the sum of the row.
     softmax: bool,
     groups: Option<GroupLimit>,
@@ -165,6 +167,7 @@ impl<'a> Plan<'a> {
         Some(Self {
             in_place: in_place(job),
             ranked,
+            by_logit,
             softmax: config.score == Score::Softmax && (!by_logit || raw == Raw::Softmax),
             groups,
             passed_over: groups
@@ -184,25 +187,25 @@ impl<'a> Plan<'a> {
 }
 
 /// How the tokens of a batch are routed. All ways give the same bits.
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Way {
-    /// Across tokens: [`route`], and the careful path for those that are strange.
-    Batch,
+#[derive(Clone, Copy)]
+pub(super) enum Way<'p> {
+    /// Across tokens: [`RouteBatch`], and the careful path for those that are strange.
+    Batch(&'p Plan<'p>),
     /// One after the other, experts in lanes: [`RouteAlone`].
-    Alone,
+    Alone(&'p Plan<'p>),
     /// One after the other, the careful path.
     Careful,
 }
 
 impl Plan<'_> {
     /// The fastest: a tile costs as much for one token as for `LANES`.
-    pub(super) fn way(&self, config: &RouterConfig, tokens: usize) -> Way {
+    pub(super) fn way(&self, config: &RouterConfig, tokens: usize) -> Way<'_> {
         match tokens {
-            ..=ALONE if self.narrow => Way::Alone,
-            _ if self.narrow => Way::Batch,
+            ..=ALONE if self.narrow => Way::Alone(self),
+            _ if self.narrow => Way::Batch(self),
             0 | 1 => Way::Careful,
             2 if self.groups.is_none() && config.num_logits() <= PAIR_LOGITS => Way::Careful,
-            _ => Way::Batch,
+            _ => Way::Batch(self),
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::cpu::routing::select::{NAN, key};
 use crate::cpu::routing::{Job, Out};
 use crate::cpu::simd::Simd;
 use crate::cpu::simd::math::exp_low;
-use crate::routing::{RankBy, Score, Selection};
+use crate::routing::Score;
 
 /// Routes the tokens of a tile.
 #[inline(always)]
@@ -40,7 +40,7 @@ pub(super) fn route_narrow<S: Simd>(
     if plan.softmax {
         (max, sum) = softmax(s, &mut values[..n]);
     }
-    scores(s, job, &z[..n], &mut values[..n], sum);
+    scores(s, job, plan, &z[..n], &mut values[..n], sum);
     // Behind every expert, a NaN included: an equal key of a higher id.
     let mut keys = [s.splat_i(NAN); SLOTS];
     let mut ids = [s.splat_i(0); SLOTS];
@@ -76,19 +76,19 @@ fn softmax<S: Simd>(s: S, z: &mut [S::F]) -> (S::F, S::F) {
 
 /// What is ranked: `values`, which softmax has filled with exponentials, become scores or logits, plus bias.
 #[inline(always)]
-fn scores<S: Simd>(s: S, job: &Job<'_>, z: &[S::F], values: &mut [S::F], sum: S::F) {
-    let by_logit = matches!(
-        job.config.selection,
-        Selection::TopK {
-            rank_by: RankBy::Logit,
-            ..
-        }
-    );
+fn scores<S: Simd>(
+    s: S,
+    job: &Job<'_>,
+    plan: &Plan<'_>,
+    z: &[S::F],
+    values: &mut [S::F],
+    sum: S::F,
+) {
     let bias = job.bias.first();
     for (e, (value, &z)) in values.iter_mut().zip(z).enumerate() {
         *value = match job.config.score {
-            Score::Softmax if !by_logit => s.div(*value, sum),
-            score if !by_logit => elementwise(s, score, z),
+            Score::Softmax if !plan.by_logit => s.div(*value, sum),
+            score if !plan.by_logit => elementwise(s, score, z),
             _ => z,
         };
         if let Some(bias) = bias {

@@ -12,7 +12,7 @@ use crate::cpu::routing::Job;
 use crate::cpu::routing::logits::{Block, elementwise};
 use crate::cpu::simd::Simd;
 use crate::cpu::simd::math::{Lanes32, REDUCTION_LANES, exp_low, exp_padded};
-use crate::routing::{RankBy, Score, Selection};
+use crate::routing::Score;
 
 /// The maximum of each of 32 interleaved columns, NaN passed over.
 #[inline(always)]
@@ -82,13 +82,6 @@ pub(super) fn compute_values<S: Simd>(
 ) {
     let config = job.config;
     let blocks = config.num_logits().div_ceil(REDUCTION_LANES);
-    let by_logit = matches!(
-        config.selection,
-        Selection::TopK {
-            rank_by: RankBy::Logit,
-            ..
-        }
-    );
     if plan.softmax {
         softmax_values(s, config.num_logits(), rows, values, blocks, room);
     }
@@ -111,9 +104,9 @@ pub(super) fn compute_values<S: Simd>(
             };
         }
         match config.score {
-            Score::Softmax if !by_logit => fill!(_z, e => s.div(e, sum)),
-            Score::Sigmoid if !by_logit => fill!(z, _e => elementwise(s, Score::Sigmoid, z)),
-            Score::SqrtSoftplus if !by_logit => {
+            Score::Softmax if !plan.by_logit => fill!(_z, e => s.div(e, sum)),
+            Score::Sigmoid if !plan.by_logit => fill!(z, _e => elementwise(s, Score::Sigmoid, z)),
+            Score::SqrtSoftplus if !plan.by_logit => {
                 fill!(z, _e => elementwise(s, Score::SqrtSoftplus, z))
             }
             _ => fill!(z, _e => z),
