@@ -269,7 +269,9 @@ impl<S: Simd, Format: PanelFormat> Kernel<S, Format> {
 
 impl<S: Simd, Format: PanelFormat> MicroKernel for Kernel<S, Format> {
     const MR: usize = {
-        let extra = if S::BY_ELEMENT {
+        let extra = if S::TILE_STEP {
+            0
+        } else if S::BY_ELEMENT {
             Format::EXTRA_BY_ELEMENT
         } else {
             Format::EXTRA_REGISTERS

@@ -8,7 +8,7 @@
 //!
 //! The second takes one load of A for four k and no broadcast. The vectors of B for all four have to be in registers meanwhile, which NEON's 32 allow.
 
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{Columns, Simd};
 
 /// Words of A that lie together: a cache line on every machine that matters.
 pub(crate) const LINE: usize = 16;
@@ -27,7 +27,7 @@ pub(crate) trait PanelFormat: Copy + Send + Sync + 'static {
     const COLUMN_BYTES: usize;
     /// Words of A in a step; they divide [`LINE`].
     const WORDS: usize;
-    /// Registers that a step wants beyond the accumulators, two vectors of B and a broadcast.
+    /// Registers that a step wants beyond the accumulators, two vectors of B and a broadcast; not with [`Simd::tile_step`].
     const EXTRA_REGISTERS: usize = 0;
     /// Registers that `steps` wants beyond the accumulators, the vectors of B for [`UNROLL`] k and two of A.
     const EXTRA_BY_ELEMENT: usize = 0;
@@ -171,6 +171,10 @@ impl PanelFormat for PanelF32 {
         a: *const f32,
         b: *const u8,
     ) {
+        if const { S::TILE_STEP } {
+            // SAFETY: the caller's contract.
+            return unsafe { s.tile_step(Columns::F32, acc, a, b) };
+        }
         let b = b.cast::<f32>();
         // SAFETY: the caller's contract.
         unsafe { rank1(s, acc, a, [s.load(b), s.load(b.add(S::LANES))]) }
@@ -203,6 +207,10 @@ impl PanelFormat for PanelF16 {
         a: *const f32,
         b: *const u8,
     ) {
+        if const { S::TILE_STEP } {
+            // SAFETY: the caller's contract.
+            return unsafe { s.tile_step(Columns::F16, acc, a, b) };
+        }
         let b = b.cast::<u16>();
         // SAFETY: the caller's contract.
         unsafe { rank1(s, acc, a, [s.load_f16(b), s.load_f16(b.add(S::LANES))]) }
@@ -225,7 +233,7 @@ impl PanelFormat for PanelBf16 {
     const STEP: usize = 2;
     const COLUMN_BYTES: usize = 4;
     const WORDS: usize = 2;
-    // Both halves of B at once, and the mask. One row too many and the tile spills: 58% of the peak instead of 86% (AVX2).
+    // Both halves of B at once, and the mask: where the compiler allots registers (AVX-512), it spills with a row more.
     const EXTRA_REGISTERS: usize = 2;
 
     #[inline(always)]
@@ -235,6 +243,10 @@ impl PanelFormat for PanelBf16 {
         a: *const f32,
         b: *const u8,
     ) {
+        if const { S::TILE_STEP } {
+            // SAFETY: the caller's contract.
+            return unsafe { s.tile_step(Columns::Bf16Pairs, acc, a, b) };
+        }
         let b = b.cast::<i32>();
         // SAFETY: the caller's contract.
         let words = unsafe { [s.load_i(b), s.load_i(b.add(S::LANES))] };

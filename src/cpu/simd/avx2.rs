@@ -1,7 +1,9 @@
 //! AVX2 with FMA and F16C: eight lanes. `vmaxps` and `vminps` return the second operand for NaN and for equal zeros, which is our
 //! definition.
 
-use super::{Op, Simd};
+mod tile_step;
+
+use super::{Columns, Op, Simd};
 use core::arch::x86_64::*;
 
 /// Proof that the CPU has avx2,fma,f16c,popcnt,bmi1,bmi2.
@@ -32,6 +34,18 @@ impl Simd for Avx2 {
     fn outline<O: Op>(self, op: O) -> O::Output {
         // SAFETY: the token.
         unsafe { call(op) }
+    }
+    const TILE_STEP: bool = true;
+    #[inline(always)]
+    unsafe fn tile_step<const M: usize>(
+        self,
+        columns: Columns,
+        acc: &mut [[Self::F; 2]; M],
+        a: *const f32,
+        b: *const u8,
+    ) {
+        // SAFETY: the caller's contract, and the token.
+        unsafe { tile_step::tile_step(columns, acc, a, b) }
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {

@@ -27,6 +27,17 @@ use super::isa::Isa;
 /// The most lanes that any implementation has.
 pub(crate) const MAX_LANES: usize = 16;
 
+/// What a step of the matrix tile reads of each column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Columns {
+    /// One f32.
+    F32,
+    /// One f16, widened.
+    F16,
+    /// Two bf16 in a word, each widened; the odd one, in the upper half, is multiplied first.
+    Bf16Pairs,
+}
+
 /// Vector operations of one instruction set. A value of an implementing type proves that the CPU has it.
 ///
 /// `F` holds [`Simd::LANES`] f32, `I` as many i32, `M` a truth value for each lane.
@@ -57,6 +68,26 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Whether [`Simd::fma_element`] and [`Simd::fma_bf16_element`] are instructions; vectors have four lanes then.
     const BY_ELEMENT: bool = false;
+
+    /// Whether [`Simd::tile_step`] is there, and better than what the compiler makes of single operations. It needs no registers beyond those that [`Simd::MR`] counts.
+    const TILE_STEP: bool = false;
+
+    /// A step of the matrix tile of at most [`Simd::MR`] rows by hand: `acc[i] = fma(a[16 · i], b, acc[i])` for the two vectors of columns at `b`; of bf16 pairs
+    /// `fma(a[16 · i + 1], odd(b), acc[i])`, then `fma(a[16 · i], even(b), acc[i])`.
+    ///
+    /// # Safety
+    /// `a` is valid for reading these words, `b` for two vectors of columns; only where [`Simd::TILE_STEP`].
+    #[inline(always)]
+    unsafe fn tile_step<const M: usize>(
+        self,
+        columns: Columns,
+        acc: &mut [[Self::F; 2]; M],
+        a: *const f32,
+        b: *const u8,
+    ) {
+        let _ = (acc, a, b);
+        unreachable!("{columns:?} by the compiler here");
+    }
 
     /// As [`Simd::outline`], with the bf16 dot product among the instructions.
     ///
