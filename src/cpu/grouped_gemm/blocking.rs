@@ -19,11 +19,21 @@ pub(super) const HEAD_BYTES: usize = 4096;
 /// four steps 3%. On Emerald Rapids, where [`Streaming`] is into L2: without it T = 64 takes 31% (f32) and 37% (bf16) longer.
 const AHEAD_BYTES: usize = 8192;
 
+/// The same with [`Streaming::Near`], shared by the panels side by side.
+const NEAR_BYTES: usize = 2048;
+
+/// Bytes of a slice of B that are worth a fifth of a small L2.
+const SLICE_BYTES: usize = 100 << 10;
+
 /// How B is asked for, above all where it is used once.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Streaming {
     /// Into L1. On a Zen 5 core T = 64 is 7% slower into L2.
     IntoL1,
+    /// Into L1, near, and by the hardware where two panels can take turns ([`Streaming::by_turns`]). A Zen 3 core reads 27 to 30 GB/s by two streams or more that it finds by itself, 22 to 23 by one, 17 to
+    /// 21 where a loop asks for lines a KiB ahead; a tile leaves the hardware too few loads to see. GB/s of f32 with 1, 2, 3, 4, 6 rows: 24, 23, 24, 20, 21 with 2 KiB; 23, 20, 20, 17, 20 with 8 KiB; 21, 19, 18, 18,
+    /// 17 unasked, one panel at a time. bf16 is 0 to 8% better than with 8 KiB, and up to 25% worse with 512 B. Into L2 is level; two pages of one panel in turn lose 3 to 10%.
+    Near,
     /// Into L2. On an Emerald Rapids core 7% (T = 64, f32), 2% (T = 64, bf16) and 4% (T = 8, f32) faster than into L1, whose sixteen misses under way the loads want, too;
     /// with 24 to 32 rows of an expert, where slices are shared, 2 to 6%, with 64 rows 0 to 1%.
     IntoL2,
@@ -38,8 +48,27 @@ impl Streaming {
             Model::Intel => Self::IntoL2,
             // Measured with AVX-512 alone.
             Model::Zen4 if isa == Isa::Avx512 => Self::ByHardwareUpTo(8),
+            Model::Zen3 => Self::Near,
             _ => Self::IntoL1,
         }
+    }
+
+    /// How far ahead of its use B is asked for.
+    fn ahead(self) -> usize {
+        match self {
+            Self::Near => NEAR_BYTES,
+            _ => AHEAD_BYTES,
+        }
+    }
+
+    /// Whether two panels take turns, a line of A each, at a tile that has registers for one: two streams for the hardware to see. The sums come and go with each turn, so it pays where a turn is a KiB
+    /// of B at the least. On a Zen 3 core (f32) 4 rows take 34% less time so, 5 rows 32%, 6 rows 16%; asking for lines besides loses all of it, turns of 2 KiB most; bf16 and f16, with
+    /// half as many bytes a turn, are 10 to 15% slower.
+    pub(super) fn by_turns<K: MicroKernel>(self, rows: usize) -> bool {
+        self == Self::Near
+            && rows <= K::MR
+            && K::panels_at_once(rows) == 1
+            && LINE / K::WORDS * K::STEP_BYTES >= 1024
     }
 
     pub(super) fn by_hardware(self, rows: usize) -> bool {
@@ -68,8 +97,9 @@ impl Streaming {
 pub(super) struct Blocking {
     /// Words of packed A: half of the L2 cache, between what MC rows of one slice need and a megabyte.
     pub(super) a_words: usize,
-    /// Bytes of a slice of B: a tenth of the L2 cache. It need not stay in L1: a tile reads 2 vectors of it in M cycles, which L2 feeds easily.
-    /// Slices of half the L1 cost 4% at T = 512 (more visits to the tile, each some 120 cycles with its sums), of two fifths of L2 10%.
+    /// Bytes of a slice of B: a tenth of the L2 cache, of a small one up to a fifth. It need not stay in L1: a tile reads 2 vectors of it in M cycles, which L2 feeds easily.
+    /// Slices of half the L1 cost 4% at T = 512 (more visits to the tile, each some 120 cycles with its sums), of two fifths of L2 10%. On Zen 3, whose L2 is 512 KiB, a fifth is 0 to 1.5% better
+    /// than a tenth, and half the L1 2 to 4% worse.
     pub(super) b_bytes: usize,
     pub(super) streaming: Streaming,
 }
@@ -80,7 +110,7 @@ impl Blocking {
         Self {
             streaming: Streaming::new(isa),
             a_words: (caches.l2 / 8).clamp(32 << 10, 256 << 10),
-            b_bytes: caches.l2 / 10,
+            b_bytes: (caches.l2 / 10).max(SLICE_BYTES.min(caches.l2 / 5)),
         }
     }
 
@@ -90,7 +120,7 @@ impl Blocking {
     }
 }
 
-/// For one tile, which reads B as a stream: what lies [`AHEAD_BYTES`] ahead in it, and in its last part what comes after it.
+/// For one tile, which reads B as a stream: what lies [`Streaming::ahead`] in it, and in its last part what comes after it.
 pub(super) fn stream_ahead<K: MicroKernel>(
     streaming: Streaming,
     b: *const u8,
@@ -99,7 +129,7 @@ pub(super) fn stream_ahead<K: MicroKernel>(
     width: usize,
 ) -> Prefetch {
     let line_steps = LINE / K::WORDS;
-    let ahead = (AHEAD_BYTES / width / K::STEP_BYTES).next_multiple_of(line_steps);
+    let ahead = (streaming.ahead() / width / K::STEP_BYTES).next_multiple_of(line_steps);
     Prefetch {
         from: b.wrapping_add(ahead * K::STEP_BYTES),
         pace: streaming.pace(),

@@ -138,7 +138,10 @@ impl Task<'_> {
         let last = lines.end == lines_of::<K>(layout);
         let all = lines.start == 0 && last;
         // LOOP 3: several panels at once when there are few rows
-        let at_once = if m <= K::MR && !self.blocking.streaming.by_hardware(m) {
+        let streaming = self.blocking.streaming;
+        let at_once = if streaming.by_turns::<K>(m) {
+            2
+        } else if m <= K::MR && !streaming.by_hardware(m) {
             K::panels_at_once(m)
         } else {
             1
@@ -160,7 +163,11 @@ impl Task<'_> {
             } else {
                 Next::Part
             };
-            self.slices(kernel, panel, width, then, lines.clone(), a, c);
+            if width > 1 && streaming.by_turns::<K>(m) {
+                self.turns(kernel, panel, width, lines.clone(), a, c);
+            } else {
+                self.slices(kernel, panel, width, then, lines.clone(), a, c);
+            }
             if last {
                 for (i, c) in c.chunks_exact_mut(block_floats).enumerate() {
                     // SAFETY: the rows and panels of this run are inside `out` (checked at the door) and no other run has them; `Product::new`'s contract.
@@ -179,6 +186,42 @@ impl Task<'_> {
                 }
             }
             panel += width;
+        }
+    }
+
+    /// LOOPS 4 and 5 for one tile: a line of each of `width` panels in turn. Why: [`Streaming::by_turns`](super::blocking::Streaming::by_turns).
+    #[inline(always)]
+    fn turns<K: MicroKernel>(
+        &self,
+        kernel: K,
+        panel: usize,
+        width: usize,
+        lines: Range<usize>,
+        a: &[f32],
+        c: &mut [f32],
+    ) {
+        let layout = self.product.weights.layout();
+        let b = self.product.weights.panels(self.run.expert);
+        let (m, panel_bytes) = (self.run.rows.len(), layout.panel_bytes());
+        let line_steps = LINE / K::WORDS;
+        assert!(m <= K::MR && a.len() >= m * lines.len() * LINE && c.len() >= width * m * K::NR);
+        for (line, a) in lines.zip(a.chunks_exact(m * LINE)) {
+            let from = line * line_steps;
+            for (p, c) in c.chunks_exact_mut(m * K::NR).enumerate() {
+                let b = &b[(panel + p) * panel_bytes..][..panel_bytes];
+                let args = TileArgs {
+                    steps: line_steps.min(layout.steps() - from),
+                    a: a.as_ptr(),
+                    b: b[from * K::STEP_BYTES..].as_ptr(),
+                    b_stride: panel_bytes,
+                    c: c.as_mut_ptr(),
+                    c_stride: m * K::NR,
+                    accumulate: from > 0,
+                    prefetch: Prefetch::NONE,
+                };
+                // SAFETY: `a` is a line of m ≤ MR rows, `c` a block of m rows, and the panel has all steps of the layout.
+                unsafe { kernel.run(m, 1, args) };
+            }
         }
     }
 

@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 pub(crate) enum Model {
     /// Intel's.
     Intel,
+    /// AMD's Zen 3.
+    Zen3,
     /// AMD's Zen 4.
     Zen4,
     /// Any other.
@@ -44,8 +46,8 @@ fn of(vendor: &[u8], version: u32) -> Model {
     let model = (version >> 4 & 0xf) | (version >> 12 & 0xf0);
     match (vendor, family, model) {
         (b"GenuineIntel", ..) => Model::Intel,
-        // The other models of family 19h are Zen 3.
         (b"AuthenticAMD", 0x19, 0x10..=0x1f | 0x60..=0x7f | 0xa0..=0xaf) => Model::Zen4,
+        (b"AuthenticAMD", 0x19, _) => Model::Zen3,
         _ => Model::Other,
     }
 }
@@ -60,7 +62,9 @@ mod tests {
             (b"AuthenticAMD", 0x00a1_0f11, Model::Zen4),  // Genoa
             (b"AuthenticAMD", 0x00aa_0f02, Model::Zen4),  // Bergamo
             (b"AuthenticAMD", 0x00a6_0f12, Model::Zen4),  // Raphael
-            (b"AuthenticAMD", 0x00a0_0f11, Model::Other), // Milan: Zen 3
+            (b"AuthenticAMD", 0x00a0_0f11, Model::Zen3),  // Milan
+            (b"AuthenticAMD", 0x00a2_0f10, Model::Zen3),  // Vermeer
+            (b"AuthenticAMD", 0x00a5_0f00, Model::Zen3),  // Cezanne
             (b"AuthenticAMD", 0x00b0_0f21, Model::Other), // Turin: Zen 5
             (b"AuthenticAMD", 0x0083_0f10, Model::Other), // Rome: Zen 2
             (b"GenuineIntel", 0x000c_06f2, Model::Intel), // Emerald Rapids
