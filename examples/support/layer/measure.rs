@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 /// Bytes that are read to measure the memory: more than any cache holds.
 pub const PROBE_BYTES: usize = 256 << 20;
-/// It is timed in pieces as long as a stage of one token takes, so that both have the same chance of not being interrupted.
-const PIECE_BYTES: usize = 32 << 20;
+/// It is timed in pieces whose halves (each is read in a way of its own) take as long as a stage of one token, so that both have the same chance of not being interrupted.
+const PIECE_BYTES: usize = 64 << 20;
 
 /// The machine's ceilings with an instruction set and a number of threads: the best that was seen of each.
 #[derive(Clone, Copy, Debug, Default)]
