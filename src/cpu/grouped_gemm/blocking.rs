@@ -25,12 +25,19 @@ const NEAR_BYTES: usize = 2048;
 /// Bytes of a slice of B that are worth a fifth of a small L2.
 const SLICE_BYTES: usize = 100 << 10;
 
+const KIB: usize = 1024;
+
+/// Bytes of B that a line of A meets in a panel.
+fn line_bytes<K: MicroKernel>() -> usize {
+    LINE / K::WORDS * K::STEP_BYTES
+}
+
 /// How B is asked for, above all where it is used once.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Streaming {
     /// Into L1. On a Zen 5 core T = 64 is 7% slower into L2.
     IntoL1,
-    /// Into L1, near, and by the hardware where two panels can take turns ([`Streaming::by_turns`]). A Zen 3 core reads 27 to 30 GB/s by two streams or more that it finds by itself, 22 to 23 by one, 17 to
+    /// Into L1, near; by the hardware where that leaves enough loads under way ([`Streaming::asks`], [`Streaming::by_turns`]). A Zen 3 core reads 27 to 30 GB/s by two streams or more that it finds by itself, 22 to 23 by one, 17 to
     /// 21 where a loop asks for lines a KiB ahead; a tile leaves the hardware too few loads to see. GB/s of f32 with 1, 2, 3, 4, 6 rows: 24, 23, 24, 20, 21 with 2 KiB; 23, 20, 20, 17, 20 with 8 KiB; 21, 19, 18, 18,
     /// 17 unasked, one panel at a time. bf16 is 0 to 8% better than with 8 KiB, and up to 25% worse with 512 B. Into L2 is level; two pages of one panel in turn lose 3 to 10%.
     Near,
@@ -61,18 +68,29 @@ impl Streaming {
         }
     }
 
+    /// Whether tiles ask for the B that they use once.
+    pub(super) fn asks<K: MicroKernel>(self, rows: usize) -> bool {
+        match self {
+            Self::ByHardwareUpTo(most) => rows > most,
+            // f32 on a Zen 3 core, panels side by side: 4 to 5% faster unasked with 1 row, 1 to 3% with 2, 6% slower with 3. bf16 and f16 are 3 to 15% slower.
+            Self::Near => rows > 2 || line_bytes::<K>() < KIB,
+            _ => true,
+        }
+    }
+
+    /// Whether panels run side by side where a few rows leave registers for them.
+    pub(super) fn side_by_side(self, rows: usize) -> bool {
+        !matches!(self, Self::ByHardwareUpTo(most) if rows <= most)
+    }
+
     /// Whether two panels take turns, a line of A each, at a tile that has registers for one: two streams for the hardware to see. The sums come and go with each turn, so it pays where a turn is a KiB
-    /// of B at the least. On a Zen 3 core (f32) 4 rows take 34% less time so, 5 rows 32%, 6 rows 16%; asking for lines besides loses all of it, turns of 2 KiB most; bf16 and f16, with
+    /// of B at the least. On a Zen 3 core (f32) 4 rows take 25% less time so, 5 rows 24%, 6 rows 14%; asking for lines besides loses most of it, turns of 2 KiB all; bf16 and f16, with
     /// half as many bytes a turn, are 10 to 15% slower.
     pub(super) fn by_turns<K: MicroKernel>(self, rows: usize) -> bool {
         self == Self::Near
             && rows <= K::MR
             && K::panels_at_once(rows) == 1
-            && LINE / K::WORDS * K::STEP_BYTES >= 1024
-    }
-
-    pub(super) fn by_hardware(self, rows: usize) -> bool {
-        matches!(self, Self::ByHardwareUpTo(most) if rows <= most)
+            && line_bytes::<K>() >= KIB
     }
 
     /// For B that is used once.

@@ -37,6 +37,8 @@ mod plan;
 mod rows;
 mod storage;
 mod task;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use packing::{Columns, PanelLayout, pack, pack_bias, pack_into};
 pub(crate) use rows::RowSource;
@@ -122,7 +124,7 @@ pub(crate) fn run(
     let out = OutRows::new(&mut out);
     // SAFETY: `out` and what `source` borrows live until the end of this function.
     let product = unsafe { Product::new(cpu, source, weights, groups, activation, out) };
-    run_all(cpu, &[product], scratch);
+    run_all(cpu, Blocking::new(cpu.isa()), &[product], scratch);
 }
 
 /// Runs the two checked products of the experts, `h = act(A · W_upᵀ)` and `ys = h · W_downᵀ`, in one parallel region.
@@ -145,12 +147,11 @@ pub(crate) fn run_experts(
             Product::new(cpu, h_source, down, groups, None, ys_rows),
         ]
     };
-    run_all(cpu, &products, scratch);
+    run_all(cpu, Blocking::new(cpu.isa()), &products, scratch);
 }
 
 /// Runs products one after another in one parallel region; each may read what an earlier one writes.
-fn run_all(cpu: &Cpu, products: &[Product<'_>], scratch: &mut [u8]) {
-    let blocking = Blocking::new(cpu.isa());
+fn run_all(cpu: &Cpu, blocking: Blocking, products: &[Product<'_>], scratch: &mut [u8]) {
     let worker_floats = blocking.worker_floats();
     let skip = scratch.as_ptr().align_offset(64);
     let floats: &mut [f32] = {

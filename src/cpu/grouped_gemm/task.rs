@@ -141,7 +141,7 @@ impl Task<'_> {
         let streaming = self.blocking.streaming;
         let at_once = if streaming.by_turns::<K>(m) {
             2
-        } else if m <= K::MR && !streaming.by_hardware(m) {
+        } else if m <= K::MR && streaming.side_by_side(m) {
             K::panels_at_once(m)
         } else {
             1
@@ -268,7 +268,7 @@ impl Task<'_> {
                 }
             };
             let streaming = self.blocking.streaming;
-            let mut prefetch = if streaming.by_hardware(m) {
+            let mut prefetch = if !streaming.asks::<K>(m) {
                 Prefetch::NONE
             } else if tile_count == 1 {
                 stream_ahead::<K>(streaming, at(panel, from), now, after, width)
