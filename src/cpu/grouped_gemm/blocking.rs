@@ -37,9 +37,10 @@ fn line_bytes<K: MicroKernel>() -> usize {
 pub(super) enum Streaming {
     /// Into L1. On a Zen 5 core T = 64 is 7% slower into L2.
     IntoL1,
-    /// Into L1, near; by the hardware where that leaves enough loads under way ([`Streaming::asks`], [`Streaming::by_turns`]). A Zen 3 core reads 27 to 30 GB/s by two streams or more that it finds by itself, 22 to 23 by one, 17 to
-    /// 21 where a loop asks for lines a KiB ahead; a tile leaves the hardware too few loads to see. GB/s of f32 with 1, 2, 3, 4, 6 rows: 24, 23, 24, 20, 21 with 2 KiB; 23, 20, 20, 17, 20 with 8 KiB; 21, 19, 18, 18,
-    /// 17 unasked, one panel at a time. bf16 is 0 to 8% better than with 8 KiB, and up to 25% worse with 512 B. Into L2 is level; two pages of one panel in turn lose 3 to 10%.
+    /// Into L1, near; by the hardware where that leaves enough loads under way ([`Streaming::asks`], [`Streaming::by_turns`]). A loop on a Zen 3 core reads 27 to 30 GB/s by two streams or more that the
+    /// hardware finds, 22 to 23 by one, 17 to 21 where it asks for lines a KiB ahead; a tile leaves the hardware few loads to see. GB/s of f32 in one run, with 1, 2, 3, 4, 6 rows: 24, 23, 24, 20, 21 with
+    /// 2 KiB; 23, 20, 20, 17, 20 with 8 KiB; 21, 19, 18, 18, 17 unasked, one panel at a time. bf16 is 0 to 8% better than with 8 KiB, and up to 25% worse with 512 B. Into L2 is level; two
+    /// pages of one panel in turn lose 3 to 10%.
     Near,
     /// Into L2. On an Emerald Rapids core 7% (T = 64, f32), 2% (T = 64, bf16) and 4% (T = 8, f32) faster than into L1, whose sixteen misses under way the loads want, too;
     /// with 24 to 32 rows of an expert, where slices are shared, 2 to 6%, with 64 rows 0 to 1%.
@@ -83,9 +84,9 @@ impl Streaming {
         !matches!(self, Self::ByHardwareUpTo(most) if rows <= most)
     }
 
-    /// Whether two panels take turns, a line of A each, at a tile that has registers for one: two streams for the hardware to see. The sums come and go with each turn, so it pays where a turn is a KiB
-    /// of B at the least. On a Zen 3 core (f32) 4 rows take 25% less time so, 5 rows 24%, 6 rows 14%; asking for lines besides loses most of it, turns of 2 KiB all; bf16 and f16, with
-    /// half as many bytes a turn, are 10 to 15% slower.
+    /// Whether two panels take turns, a line of A each, at a tile that has registers for one: two streams for the hardware to see. The sums come and go with each turn, so it pays where a
+    /// turn is a KiB of B at the least. On a Zen 3 core (f32), in four runs, GFLOP/s with 4 rows +6 to +34%, with 5 rows +1 to +32%, with 6 rows −4 to +16%: most when neighbours want memory, too. Asking
+    /// for lines besides loses most of it, turns of 2 KiB all; bf16 and f16, with half as many bytes a turn, are 10 to 15% slower.
     pub(super) fn by_turns<K: MicroKernel>(self, rows: usize) -> bool {
         self == Self::Near
             && rows <= K::MR
