@@ -62,6 +62,14 @@ impl Stored {
             Self::BF16(v) => v.iter().map(|x| x.to_f32()).collect(),
         }
     }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        match self {
+            Self::F32(v) => bytemuck::cast_slice(v).to_vec(),
+            Self::F16(v) => bytemuck::cast_slice(v).to_vec(),
+            Self::BF16(v) => bytemuck::cast_slice(v).to_vec(),
+        }
+    }
 }
 
 /// bf16 subnormals (f32 with a zero exponent) as the contract reads them.
@@ -84,9 +92,15 @@ pub fn rounded(dtype: DType, v: &[f32]) -> Vec<f32> {
 
 /// The bytes of numbers in a format.
 pub fn bytes(dtype: DType, v: &[f32]) -> Vec<u8> {
-    match Stored::new(dtype, v) {
-        Stored::F32(v) => bytemuck::cast_slice(&v).to_vec(),
-        Stored::F16(v) => bytemuck::cast_slice(&v).to_vec(),
-        Stored::BF16(v) => bytemuck::cast_slice(&v).to_vec(),
-    }
+    Stored::new(dtype, v).bytes()
+}
+
+/// The numbers whose bytes these are.
+pub fn numbers(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    let stored = match dtype {
+        DType::F16 => Stored::F16(bytemuck::pod_collect_to_vec(bytes)),
+        DType::BF16 => Stored::BF16(bytemuck::pod_collect_to_vec(bytes)),
+        _ => Stored::F32(bytemuck::pod_collect_to_vec(bytes)),
+    };
+    stored.to_f32()
 }
