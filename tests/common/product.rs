@@ -1,6 +1,7 @@
-//! What defines a product's bits, and matrices of any format.
+//! What defines a product's bits, matrices of any format, and activations.
 
 use half::{bf16, f16};
+use moe_kernels::grouped_gemm::{Activation, ActivationFunction, Clamp};
 use moe_kernels::{AnyMatMut, AnyMatRef, DType, MatMut, MatRef};
 
 /// The definition of one output element: a chain of FMAs in the documented order.
@@ -103,4 +104,41 @@ pub fn numbers(dtype: DType, bytes: &[u8]) -> Vec<f32> {
         _ => Stored::F32(bytemuck::pod_collect_to_vec(bytes)),
     };
     stored.to_f32()
+}
+
+/// Every activation that can be asked for.
+pub fn activations() -> Vec<Activation> {
+    use ActivationFunction::*;
+    let mut all = Vec::new();
+    for function in [Identity, Silu, Gelu, GeluTanh, Relu, Relu2] {
+        for gated in [true, false] {
+            for clamp in [
+                Clamp::None,
+                Clamp::Pre { limit: 0.7 },
+                Clamp::Post { limit: 0.5 },
+                Clamp::Post { limit: 0.3 },
+            ] {
+                all.push(Activation {
+                    function,
+                    gated,
+                    clamp,
+                });
+            }
+        }
+    }
+    all.push(Activation::GPT_OSS);
+    all.push(Activation {
+        clamp: Clamp::GptOss {
+            limit: 0.8,
+            alpha: 1.3,
+        },
+        ..Activation::SWIGLU
+    });
+    for (gate, up) in [(0.9, 1.1), (1.5, 0.8), (0.0, 1.1), (0.9, 0.0)] {
+        all.push(Activation {
+            clamp: Clamp::Softcap { gate, up },
+            ..Activation::SWIGLU
+        });
+    }
+    all
 }

@@ -13,7 +13,7 @@ mod on_gpu;
 mod plans;
 
 use case::*;
-use common::product::{bytes, numbers, rounded};
+use common::product::{activations, bytes, numbers, rounded};
 use common::{Rng, assert_same_bits};
 use expected::*;
 use gpu::{Buffer, Gpu};
@@ -24,7 +24,7 @@ use moe_kernels::cuda::grouped_gemm::sm90::{
     plan_with_cluster,
 };
 use moe_kernels::cuda::{DeviceInfo, DevicePtr, Launch};
-use moe_kernels::grouped_gemm::{Activation, ActivationFunction, Clamp};
+use moe_kernels::grouped_gemm::Activation;
 use moe_kernels::reference::{self, MlpSpec};
 use moe_kernels::{DType, Error};
 use on_gpu::*;
@@ -228,40 +228,6 @@ fn every_format() {
             );
         }
     }
-}
-
-fn activations() -> Vec<Activation> {
-    let functions = [
-        ActivationFunction::Identity,
-        ActivationFunction::Silu,
-        ActivationFunction::Gelu,
-        ActivationFunction::GeluTanh,
-        ActivationFunction::Relu,
-        ActivationFunction::Relu2,
-    ];
-    let mut all = Vec::new();
-    for function in functions {
-        for gated in [true, false] {
-            for clamp in [
-                Clamp::None,
-                Clamp::Pre { limit: 0.7 },
-                Clamp::Post { limit: 0.3 },
-            ] {
-                all.push(Activation {
-                    function,
-                    gated,
-                    clamp,
-                });
-            }
-        }
-    }
-    all.push(Activation::GPT_OSS);
-    let clamp = Clamp::Softcap { gate: 1.5, up: 0.8 };
-    all.push(Activation {
-        clamp,
-        ..Activation::SWIGLU
-    });
-    all
 }
 
 #[test]
