@@ -99,39 +99,17 @@ fn packed_sets_refuse_what_does_not_fit() {
 
     let mut experts = PackedExperts::new(&cpu, 8, 4, Activation::SWIGLU, DType::F32).unwrap();
     let good = ExpertWeights::gated(view(4, 8), view(4, 8), view(8, 4));
-    refused(
-        "down",
-        experts.push(
-            &cpu,
-            &ExpertWeights {
-                down: view(4, 8),
-                ..good
-            },
-        ),
-    );
-    refused(
-        "up",
-        experts.push(
-            &cpu,
-            &ExpertWeights {
-                up: view(8, 4),
-                ..good
-            },
-        ),
-    );
-    refused(
-        "gate",
-        experts.push(&cpu, &ExpertWeights { gate: None, ..good }),
-    );
     let bias = &[0.0f32; 3][..];
-    refused(
-        "down_bias",
-        experts.push(&cpu, &good.with_biases(None, None, Some(bias))),
-    );
-    refused(
-        "gate_bias",
-        experts.push(&cpu, &good.with_biases(Some(bias), None, None)),
-    );
+    let (down, up) = (view(4, 8), view(8, 4));
+    for (argument, wrong) in [
+        ("down", ExpertWeights { down, ..good }),
+        ("up", ExpertWeights { up, ..good }),
+        ("gate", ExpertWeights { gate: None, ..good }),
+        ("down_bias", good.with_biases(None, None, Some(bias))),
+        ("gate_bias", good.with_biases(Some(bias), None, None)),
+    ] {
+        refused(argument, experts.push(&cpu, &wrong));
+    }
     assert_eq!(experts.len(), 0);
     assert_eq!(experts.push(&cpu, &good), Ok(0));
     refused("gate_up", ExpertWeights::fused(view(3, 8), view(8, 4)));
