@@ -47,6 +47,9 @@ use half::{bf16, f16};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+mod rows;
+pub use rows::logit_row;
+
 /// Widths at which kernels change their path: lanes of vector units, warps, register tiles, cache blocks.
 pub const SEAMS: [usize; 12] = [1, 4, 6, 8, 12, 14, 16, 32, 64, 128, 256, 512];
 
@@ -163,44 +166,6 @@ pub fn logits(
             values: rows.concat(),
         })
     })
-}
-
-/// One token's logits: ordinary numbers; few different ones, so that most are tied; ordinary ones with −0, infinities, NaN and the extremes of f32 among them;
-/// one number everywhere.
-pub fn logit_row(experts: usize) -> impl Strategy<Value = Vec<f32>> {
-    let some = |element: BoxedStrategy<f32>| vec(element, experts);
-    prop_oneof![
-        4 => some(ordinary()),
-        3 => some(tied()),
-        2 => some(prop_oneof![3 => ordinary(), 1 => special()].boxed()),
-        1 => prop_oneof![tied(), special()].prop_map(move |z| vec![z; experts]),
-    ]
-}
-
-fn ordinary() -> BoxedStrategy<f32> {
-    (-20.0f32..20.0).boxed()
-}
-
-/// Quarters between −1 and 1; a minus zero too, which equals zero.
-fn tied() -> BoxedStrategy<f32> {
-    prop_oneof![8 => (-4i8..=4).prop_map(|n| f32::from(n) / 4.0), 1 => Just(-0.0f32)].boxed()
-}
-
-fn special() -> BoxedStrategy<f32> {
-    proptest::sample::select(vec![
-        f32::NAN,
-        -f32::NAN,
-        f32::INFINITY,
-        f32::NEG_INFINITY,
-        f32::MAX,
-        f32::MIN,
-        f32::MIN_POSITIVE,
-        f32::from_bits(1), // the smallest subnormal
-        -0.0,
-        88.8,   // e^88.8 overflows f32
-        -104.0, // e^−104 underflows to zero
-    ])
-    .boxed()
 }
 
 /// Ids and weights of a call.

@@ -281,74 +281,30 @@ fn bad_input_is_named_and_nothing_is_written() {
     };
     let good = Combine::new(p.routed());
     let with = |routed| Combine { routed, ..good };
-    let bad_rows = vec![100u32; 8];
+    let pairs = |ys, weights, row_of_pair, identity| {
+        with(Routed::Pairs {
+            ys,
+            weights,
+            row_of_pair,
+            slots,
+            identity,
+        })
+    };
+    let bad_rows = &[100u32; 8][..];
     let ids = [9i32; 8];
-    let bad_identity = Identity {
+    let bad_identity = Some(Identity {
         ids: &ids,
         num_experts: 7,
         x: AnyMatRef::F32(one_row),
-    };
+    });
+    let few_rows = &row_of_pair[1..];
     let wrong = [
-        (
-            "row_of_pair",
-            with(Routed::Pairs {
-                ys,
-                weights,
-                row_of_pair: &row_of_pair[1..],
-                slots,
-                identity,
-            }),
-        ),
-        (
-            "row_of_pair",
-            with(Routed::Pairs {
-                ys,
-                weights,
-                row_of_pair: &bad_rows,
-                slots,
-                identity,
-            }),
-        ),
-        (
-            "weights",
-            with(Routed::Pairs {
-                ys,
-                weights: Some(&short),
-                row_of_pair,
-                slots,
-                identity,
-            }),
-        ),
-        (
-            "weights",
-            with(Routed::Pairs {
-                ys,
-                weights: None,
-                row_of_pair,
-                slots,
-                identity: Some(bad_identity),
-            }),
-        ),
-        (
-            "x",
-            with(Routed::Pairs {
-                ys,
-                weights,
-                row_of_pair,
-                slots,
-                identity: Some(bad_identity),
-            }),
-        ),
-        (
-            "ys",
-            with(Routed::Pairs {
-                ys: gap,
-                weights,
-                row_of_pair,
-                slots,
-                identity,
-            }),
-        ),
+        ("row_of_pair", pairs(ys, weights, few_rows, identity)),
+        ("row_of_pair", pairs(ys, weights, bad_rows, identity)),
+        ("weights", pairs(ys, Some(&short), row_of_pair, identity)),
+        ("weights", pairs(ys, None, row_of_pair, bad_identity)),
+        ("x", pairs(ys, weights, row_of_pair, bad_identity)),
+        ("ys", pairs(gap, weights, row_of_pair, identity)),
         ("routed sum", with(Routed::Sum(one_row))),
         (
             "routed_scale",

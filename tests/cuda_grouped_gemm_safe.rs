@@ -7,7 +7,7 @@ mod common;
 mod gpu;
 
 use common::Rng;
-use common::product::chain;
+use common::product::{bytes, chain};
 use cudarc::driver::{CudaSlice, CudaStream};
 use gpu::{Buffer, Gpu};
 use moe_kernels::cuda::grouped_gemm::{GatherViews, GroupViews, GroupedGemmViews};
@@ -261,15 +261,8 @@ fn one_expert_in_16_bits_by_a_table_of_bytes() {
         let mut whole =
             |n: usize| -> Vec<f32> { (0..n).map(|_| rng.below(9) as f32 - 4.0).collect() };
         let (a, w) = (whole(ROWS * K), whole(N * K));
-        let bytes = |v: &[f32]| -> Vec<u8> {
-            let bits = v.iter().map(|&v| match dtype {
-                DType::F16 => half::f16::from_f32(v).to_bits(),
-                _ => half::bf16::from_f32(v).to_bits(),
-            });
-            bits.flat_map(u16::to_ne_bytes).collect()
-        };
-        let a_bytes = gpu.stream.clone_htod(&bytes(&a)).unwrap();
-        let w_bytes = gpu.stream.clone_htod(&bytes(&w)).unwrap();
+        let a_bytes = gpu.stream.clone_htod(&bytes(dtype, &a)).unwrap();
+        let w_bytes = gpu.stream.clone_htod(&bytes(dtype, &w)).unwrap();
         let table =
             TensorTable::from_bytes(&gpu.stream, vec![w_bytes.as_view()], dtype, N, K).unwrap();
         assert_eq!((table.len(), table.is_empty()), (1, false));

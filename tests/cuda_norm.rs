@@ -5,7 +5,8 @@ mod common;
 #[path = "common/gpu.rs"]
 mod gpu;
 
-use common::{Rng, assert_same_bits, product::bytes, product::rounded};
+use common::product::{bytes, numbers, rounded};
+use common::{Rng, assert_same_bits};
 use gpu::{Buffer, Gpu};
 use moe_kernels::combine::{Combine, Routed, combine_into};
 use moe_kernels::cuda::DevicePtr;
@@ -46,18 +47,7 @@ impl Rows {
     }
 
     fn read(&self, gpu: &Gpu) -> Vec<f32> {
-        let raw = gpu.download(&self.buffer);
-        let all: Vec<f32> = match self.device.dtype {
-            DType::F32 => bytemuck::pod_collect_to_vec(&raw),
-            DType::F16 => bytemuck::pod_collect_to_vec::<u8, half::f16>(&raw)
-                .into_iter()
-                .map(half::f16::to_f32)
-                .collect(),
-            _ => bytemuck::pod_collect_to_vec::<u8, half::bf16>(&raw)
-                .into_iter()
-                .map(half::bf16::to_f32)
-                .collect(),
-        };
+        let all = numbers(self.device.dtype, &gpu.download(&self.buffer));
         let stride = self.device.stride;
         let (mut rows, mut between) = (Vec::new(), all[..self.shift].to_vec());
         for row in all[self.shift..].chunks(stride) {

@@ -34,6 +34,12 @@ impl Loss {
         }
     }
 
+    /// The value, and the gradient in place of what is in `grad`.
+    fn value(&self, z: AnyMatRef<'_>, grad: &mut [f32]) -> f64 {
+        let scratch = &mut LossScratch::default();
+        self.run(&Cpu::new(), z, Some(grad), scratch).unwrap()
+    }
+
     fn reference(&self, logits: &[f32], num_experts: usize) -> reference::Loss {
         let z: Vec<f64> = logits.iter().map(|&z| f64::from(z)).collect();
         match self {
@@ -162,14 +168,7 @@ fn formats_and_strides_read_the_same_numbers() {
     let want = loss.reference(&wide, experts);
     for view in views {
         let mut grad = vec![f32::NAN; rows * experts];
-        let value = loss
-            .run(
-                &Cpu::new(),
-                view,
-                Some(&mut grad),
-                &mut LossScratch::default(),
-            )
-            .unwrap();
+        let value = loss.value(view, &mut grad);
         assert_close(value, &grad, &want, RTOL, "view");
     }
 }
@@ -190,14 +189,7 @@ fn a_masked_row_is_not_read() {
     let want = loss.reference(&clean, experts);
     let mut grad = vec![f32::NAN; z.len()];
     let m = MatRef::new(&z, 2 * tokens, experts).unwrap();
-    let value = loss
-        .run(
-            &Cpu::new(),
-            m.into(),
-            Some(&mut grad),
-            &mut LossScratch::default(),
-        )
-        .unwrap();
+    let value = loss.value(m.into(), &mut grad);
     assert_close(value, &grad, &want, RTOL, "mask");
     assert!(grad[experts..2 * experts].iter().all(|&g| g == 0.0));
 
@@ -207,14 +199,7 @@ fn a_masked_row_is_not_read() {
         k: 2,
         mask: Some(vec![0.0; 4]),
     };
-    let value = none
-        .run(
-            &Cpu::new(),
-            m.into(),
-            Some(&mut grad),
-            &mut LossScratch::default(),
-        )
-        .unwrap();
+    let value = none.value(m.into(), &mut grad);
     assert_eq!(value, 0.0);
     assert!(grad.iter().all(|&g| g == 0.0));
 }
@@ -231,13 +216,7 @@ fn no_rows_and_bad_numbers() {
         Loss::Z,
     ];
     for loss in &all {
-        let value = loss.run(
-            &Cpu::new(),
-            empty.into(),
-            Some(&mut []),
-            &mut LossScratch::default(),
-        );
-        assert_eq!(value, Ok(0.0));
+        assert_eq!(loss.value(empty.into(), &mut []), 0.0);
     }
     // A NaN, an infinity: the loss is not finite, and nothing panics.
     for bad in [f32::NAN, f32::INFINITY] {
@@ -249,14 +228,7 @@ fn no_rows_and_bad_numbers() {
             Loss::Z,
         ] {
             let mut grad = [0.0; 4];
-            let value = loss
-                .run(
-                    &Cpu::new(),
-                    m.into(),
-                    Some(&mut grad),
-                    &mut LossScratch::default(),
-                )
-                .unwrap();
+            let value = loss.value(m.into(), &mut grad);
             assert!(!value.is_finite());
         }
     }
@@ -264,13 +236,7 @@ fn no_rows_and_bad_numbers() {
     let z = [0.0, f32::NEG_INFINITY, 0.0];
     let m = MatRef::new(&z, 1, 3).unwrap();
     let mut grad = [f32::NAN; 3];
-    let value = router_z(
-        &Cpu::new(),
-        m.into(),
-        Some(&mut grad),
-        &mut LossScratch::default(),
-    )
-    .unwrap();
+    let value = Loss::Z.value(m.into(), &mut grad);
     let ln2 = std::f64::consts::LN_2;
     assert!((value - ln2 * ln2).abs() < 1e-7);
     assert_eq!(grad[1], 0.0);

@@ -111,6 +111,20 @@ impl Memories {
         (self.add(d, n * size_of::<T>(), output).cast(), n)
     }
 
+    /// Elements to read.
+    pub fn read<T>(&mut self, d: &mut Bytes<'_>, right: usize) -> (*const T, usize) {
+        let (data, n) = self.slice(d, right, false);
+        (data, n)
+    }
+
+    /// Elements to read, once in `n` times; else none.
+    pub fn maybe<T>(&mut self, d: &mut Bytes<'_>, n: u8, right: usize) -> (*const T, usize) {
+        match d.rarely(n) {
+            true => self.read(d, right),
+            false => (std::ptr::null(), 0),
+        }
+    }
+
     /// Elements to read, with given content.
     pub fn filled<T: Copy>(&mut self, d: &mut Bytes<'_>, values: &[T]) -> (*const T, usize) {
         let (data, n) = self.slice::<T>(d, values.len(), false);

@@ -23,7 +23,10 @@ pub fn run(data: &[u8]) {
 
 fn with_header(data: &[u8]) -> Vec<u8> {
     let (length, rest) = data.split_at(data.len().min(2));
-    let length = length.iter().rev().fold(0u64, |n, &b| n << 8 | u64::from(b));
+    let length = length
+        .iter()
+        .rev()
+        .fold(0u64, |n, &b| n << 8 | u64::from(b));
     let mut file = length.min(rest.len() as u64).to_le_bytes().to_vec();
     file.extend_from_slice(rest);
     file
@@ -41,7 +44,10 @@ fn case(bytes: &[u8]) {
 
 /// A checkpoint: every tensor of its header is read, then the layer is looked for.
 fn checkpoint(bytes: &[u8]) {
-    let path = std::env::temp_dir().join(format!("moe-kernels-fuzz-{}.safetensors", std::process::id()));
+    let path = std::env::temp_dir().join(format!(
+        "moe-kernels-fuzz-{}.safetensors",
+        std::process::id()
+    ));
     let mut file = std::fs::File::create(&path).expect("a temporary file");
     file.write_all(bytes).expect("a temporary file");
     drop(file);

@@ -150,6 +150,11 @@ impl Device {
         self.put(&vec![u32::MAX; len])
     }
 
+    /// Whether nothing has been written to what `poisoned` gave.
+    pub fn is_poisoned(&self, place: Place) -> bool {
+        self.read::<u32>(place).iter().all(|&v| v == u32::MAX)
+    }
+
     pub fn read<V: bytemuck::Pod>(&self, place: Place) -> Vec<V> {
         let bytes = self.gpu().download(&self.buffers[place.index]);
         bytemuck::pod_collect_to_vec(&bytes)

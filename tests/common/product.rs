@@ -1,6 +1,7 @@
-//! What defines a product's bits, and matrices of any format.
+//! What defines a product's bits, matrices of any format, and activations.
 
 use half::{bf16, f16};
+use moe_kernels::grouped_gemm::{Activation, ActivationFunction, Clamp};
 use moe_kernels::{AnyMatMut, AnyMatRef, DType, MatMut, MatRef};
 
 /// The definition of one output element: a chain of FMAs in the documented order.
@@ -62,6 +63,14 @@ impl Stored {
             Self::BF16(v) => v.iter().map(|x| x.to_f32()).collect(),
         }
     }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        match self {
+            Self::F32(v) => bytemuck::cast_slice(v).to_vec(),
+            Self::F16(v) => bytemuck::cast_slice(v).to_vec(),
+            Self::BF16(v) => bytemuck::cast_slice(v).to_vec(),
+        }
+    }
 }
 
 /// bf16 subnormals (f32 with a zero exponent) as the contract reads them.
@@ -84,9 +93,52 @@ pub fn rounded(dtype: DType, v: &[f32]) -> Vec<f32> {
 
 /// The bytes of numbers in a format.
 pub fn bytes(dtype: DType, v: &[f32]) -> Vec<u8> {
-    match Stored::new(dtype, v) {
-        Stored::F32(v) => bytemuck::cast_slice(&v).to_vec(),
-        Stored::F16(v) => bytemuck::cast_slice(&v).to_vec(),
-        Stored::BF16(v) => bytemuck::cast_slice(&v).to_vec(),
+    Stored::new(dtype, v).bytes()
+}
+
+/// The numbers whose bytes these are.
+pub fn numbers(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    let stored = match dtype {
+        DType::F16 => Stored::F16(bytemuck::pod_collect_to_vec(bytes)),
+        DType::BF16 => Stored::BF16(bytemuck::pod_collect_to_vec(bytes)),
+        _ => Stored::F32(bytemuck::pod_collect_to_vec(bytes)),
+    };
+    stored.to_f32()
+}
+
+/// Every activation that can be asked for.
+pub fn activations() -> Vec<Activation> {
+    use ActivationFunction::*;
+    let mut all = Vec::new();
+    for function in [Identity, Silu, Gelu, GeluTanh, Relu, Relu2] {
+        for gated in [true, false] {
+            for clamp in [
+                Clamp::None,
+                Clamp::Pre { limit: 0.7 },
+                Clamp::Post { limit: 0.5 },
+                Clamp::Post { limit: 0.3 },
+            ] {
+                all.push(Activation {
+                    function,
+                    gated,
+                    clamp,
+                });
+            }
+        }
     }
+    all.push(Activation::GPT_OSS);
+    all.push(Activation {
+        clamp: Clamp::GptOss {
+            limit: 0.8,
+            alpha: 1.3,
+        },
+        ..Activation::SWIGLU
+    });
+    for (gate, up) in [(0.9, 1.1), (1.5, 0.8), (0.0, 1.1), (0.9, 0.0)] {
+        all.push(Activation {
+            clamp: Clamp::Softcap { gate, up },
+            ..Activation::SWIGLU
+        });
+    }
+    all
 }

@@ -141,11 +141,3 @@ pub struct Data {
     pub gate_bias: Vec<f32>,
     pub up_bias: Vec<f32>,
 }
-
-pub fn bytes(v: &Stored) -> Vec<u8> {
-    match v {
-        Stored::F32(v) => v.iter().flat_map(|x| x.to_ne_bytes()).collect(),
-        Stored::F16(v) => v.iter().flat_map(|x| x.to_bits().to_ne_bytes()).collect(),
-        Stored::BF16(v) => v.iter().flat_map(|x| x.to_bits().to_ne_bytes()).collect(),
-    }
-}

@@ -14,7 +14,7 @@ mod plans;
 
 use case::*;
 use common::Rng;
-use common::product::Stored;
+use common::product::{Stored, numbers};
 use expected::*;
 use gpu::{Buffer, Gpu};
 use moe_kernels::cuda::combine::DeviceRows;

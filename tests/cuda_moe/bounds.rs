@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// The layer in f64 from given ids and weights, with bounds for what f32 sums in any order and roundings to the layer's format may change: each dot product by its length and the
-/// sum of its terms' sizes, h by its rounding to 16 bits, which then goes through W_down element by element, and so on to y (see `common/near.rs`).
+/// A `plain` layer in f64 from given ids and weights, with bounds for what f32 sums in any order and roundings to the layer's format may change: each dot product by its
+/// length and the sum of its terms' sizes, h by its rounding to 16 bits, which then goes through W_down element by element, and so on to y (see `common/near.rs`).
 pub fn near(case: &Case, w: &Weights, x: &[f32], residual: &[f32], routed: &Answer) -> Vec<Near> {
     let (h, slots) = (case.hidden, case.config.slots());
     x.chunks(h)
@@ -17,7 +17,7 @@ pub fn near(case: &Case, w: &Weights, x: &[f32], residual: &[f32], routed: &Answ
         .collect()
 }
 
-pub fn near_token(
+fn near_token(
     case: &Case,
     w: &Weights,
     x: &[Near],
@@ -25,39 +25,33 @@ pub fn near_token(
     ids: &[i32],
     weights: &[f32],
 ) -> Vec<Near> {
-    let h = case.hidden;
     let mut y = near_routed(case, w, x, ids, weights);
     let mut each = |f: &dyn Fn(Near, usize) -> Near| {
         y = y.iter().enumerate().map(|(c, &v)| f(v, c)).collect();
     };
     each(&|v, _| v.times(case.routed_scale.into()));
-    if let Some((_, join)) = case.shared {
-        let s = near_expert(case, w, &w.shared_up, &w.shared_down, None).of(x);
-        let gate = near::dot(x, &w.shared_gate[..h]).sigmoid();
-        each(&|v, c| match join {
+    if let Some(shared) = case.shared {
+        let (up, down) = (&w.matrices[SHARED_UP], &w.matrices[SHARED_DOWN]);
+        let s = near_expert(case, w, up, down, None).of(x);
+        let gate = near::dot(x, &w.matrices[SHARED_GATE]).sigmoid();
+        each(&|v, c| match shared.join {
             SharedJoin::SigmoidGate => v.plus(s[c].times(gate)),
             SharedJoin::Average => v.plus(s[c]).times(0.5.into()),
             _ => v.plus(s[c]),
         });
     }
     if case.output_steps {
-        y = near::rms_norm(&y, &w.norm, 1e-5);
-        let last = y.iter().zip(&w.out_bias).zip(residual);
+        y = near::rms_norm(&y, &w.vectors[OUT_NORM], EPS.into());
+        let last = y.iter().zip(&w.vectors[OUT_BIAS]).zip(residual);
         y = last
-            .map(|((v, &b), &r)| v.plus(b.into()).plus(r.into()))
+            .map(|((v, &b), &r)| v.times(MULTIPLIER.into()).plus(b.into()).plus(r.into()))
             .collect();
     }
     y
 }
 
 /// The sum over a token's pairs.
-pub fn near_routed(
-    case: &Case,
-    w: &Weights,
-    x: &[Near],
-    ids: &[i32],
-    weights: &[f32],
-) -> Vec<Near> {
+fn near_routed(case: &Case, w: &Weights, x: &[Near], ids: &[i32], weights: &[f32]) -> Vec<Near> {
     let (h, e) = (case.hidden, case.config.num_experts);
     let mut y = vec![Near::default(); h];
     for (&id, &weight) in ids.iter().zip(weights) {
@@ -74,9 +68,11 @@ pub fn near_routed(
                 .collect();
             continue;
         }
-        let wide = w.up.len() / (e * h);
-        let up = &w.up[id * wide * h..][..wide * h];
-        let down = &w.down[id * h * case.intermediate..][..h * case.intermediate];
+        let part = |place: usize| {
+            let all = &w.matrices[place];
+            &all[id * all.len() / e..][..all.len() / e]
+        };
+        let (up, down) = (part(UP), part(DOWN));
         let expert = near_expert(case, w, up, down, Some(id));
         let output = match case.weight_on_input {
             // The CPU rounds the product to the format, a tensor-core kernel multiplies the sums.
@@ -92,7 +88,7 @@ pub fn near_routed(
 }
 
 /// An expert, with the biases of expert `id` where there are some.
-pub fn near_expert<'a>(
+fn near_expert<'a>(
     case: &Case,
     w: &'a Weights,
     up: &'a [f32],
@@ -108,9 +104,9 @@ pub fn near_expert<'a>(
         activation: case.activation,
         dtype: w.dtype,
         up,
-        up_bias: bias(&w.up_bias),
+        up_bias: bias(&w.matrices[UP_BIAS]),
         down,
-        down_bias: bias(&w.down_bias),
+        down_bias: bias(&w.matrices[DOWN_BIAS]),
     }
 }
 

@@ -187,30 +187,3 @@ pub fn any_setup() -> impl Strategy<Value = Setup> {
         })
     })
 }
-
-/// One token's logits: ordinary numbers, ties, extremes, one number everywhere. (As in `moe_kernels::strategies`, which is behind a feature.)
-pub fn logit_row(r: usize) -> BoxedStrategy<Vec<f32>> {
-    let special = prop::sample::select(vec![
-        f32::NAN,
-        f32::INFINITY,
-        f32::NEG_INFINITY,
-        f32::MAX,
-        f32::MIN,
-        f32::from_bits(1),
-        -0.0,
-        88.8,
-        -104.0,
-    ])
-    .boxed();
-    let tied = (-4i8..=4).prop_map(|n| f32::from(n) / 4.0).boxed();
-    let ordinary = (-20.0f32..20.0).boxed();
-    let mixed = prop_oneof![3 => ordinary.clone(), 1 => special.clone()].boxed();
-    let row = move |element: BoxedStrategy<f32>| prop::collection::vec(element, r);
-    prop_oneof![
-        4 => row(ordinary),
-        3 => row(tied),
-        2 => row(mixed),
-        1 => special.prop_map(move |z| vec![z; r]),
-    ]
-    .boxed()
-}

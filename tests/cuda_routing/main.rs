@@ -7,6 +7,8 @@
 mod common;
 #[path = "../common/gpu.rs"]
 mod gpu;
+#[path = "../../src/strategies/rows.rs"]
+mod rows;
 #[allow(dead_code)] // the CPU's tests use the rest
 #[path = "../routing/setups.rs"]
 mod setups;
@@ -26,34 +28,19 @@ use moe_kernels::cuda::{DeviceInfo, DevicePtr};
 use moe_kernels::routing::*;
 use moe_kernels::{AnyMatRef, Cpu, DType, Error, MatRef};
 use proptest::prelude::*;
+use rows::{SPECIAL, logit_row};
 use setups::Setup;
 use sides::*;
 
 /// Replaces rows by what kernels stumble over.
 fn make_adversarial(setup: &mut Setup, rng: &mut Rng) {
     let r = setup.config.num_logits();
-    let special = [
-        f32::NAN,
-        -f32::NAN,
-        f32::INFINITY,
-        f32::NEG_INFINITY,
-        f32::MAX,
-        f32::MIN,
-        f32::MIN_POSITIVE,
-        f32::from_bits(1),
-        -f32::from_bits(0x7f_ffff),
-        -0.0,
-        0.0,
-        88.8,
-        -104.0,
-    ];
+    let special = |rng: &mut Rng| SPECIAL[rng.below(SPECIAL.len())];
     for (t, row) in setup.logits.chunks_exact_mut(r).enumerate() {
         match t % 11 {
             0 => row.fill(f32::NAN),
-            1 => row.fill(special[rng.below(special.len())]),
-            2 => row
-                .iter_mut()
-                .for_each(|z| *z = special[rng.below(special.len())]),
+            1 => row.fill(special(rng)),
+            2 => row.iter_mut().for_each(|z| *z = special(rng)),
             3 => row.iter_mut().for_each(|z| *z = rng.below(3) as f32 - 1.0), // ties
             4 => row[rng.below(r)] = f32::NAN,
             5 => row[rng.below(r)] = f32::INFINITY,
@@ -74,7 +61,7 @@ fn make_adversarial(setup: &mut Setup, rng: &mut Rng) {
     }
     for (i, z) in setup.noise_logits.iter_mut().enumerate() {
         if i % 29 == 3 {
-            *z = special[rng.below(special.len())];
+            *z = special(rng);
         }
     }
 }

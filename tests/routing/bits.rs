@@ -1,20 +1,10 @@
 //! The determinism contract: the same bits on every ISA, for every thread count, in every batch, and on every architecture.
 
+use crate::assert_equal;
 use crate::common::{assert_same_bits, cpus, hash_bits, with_threads};
 use crate::setups::{self, Setup};
 use moe_kernels::routing::Routing;
 use moe_kernels::{Cpu, Isa};
-
-fn assert_equal(found: &Routing, expected: &Routing, what: &str) {
-    assert_eq!(found.ids(), expected.ids(), "{what}");
-    assert_same_bits(found.weights(), expected.weights(), what);
-    assert_same_bits(found.shared_weights(), expected.shared_weights(), what);
-    assert_eq!(
-        found.permutation().row_of_pair(),
-        expected.permutation().row_of_pair(),
-        "{what}"
-    );
-}
 
 /// 300 tokens of 260 logits are work for more than 7 threads.
 fn large() -> Vec<Setup> {

@@ -1,5 +1,6 @@
 //! What holds whatever the logits are: ids in range and distinct, bad rows harm no other, nothing depends on what a buffer held before.
 
+use crate::assert_equal;
 use crate::common::{Rng, assert_same_bits, cpus};
 use crate::setups::{self, Setup};
 use half::{bf16, f16};
@@ -46,17 +47,6 @@ fn assert_valid(setup: &Setup, routing: &Routing) {
     }
     let expected = reference::permute(routing.ids(), 0..config.num_experts, 1);
     assert_eq!(routing.permutation().offsets(), expected.offsets, "{name}");
-}
-
-fn assert_equal(found: &Routing, expected: &Routing, what: &str) {
-    assert_eq!(found.ids(), expected.ids(), "{what}");
-    assert_same_bits(found.weights(), expected.weights(), what);
-    assert_same_bits(found.shared_weights(), expected.shared_weights(), what);
-    assert_eq!(
-        found.permutation().pair_of_row(),
-        expected.permutation().pair_of_row(),
-        "{what}"
-    );
 }
 
 const BAD: [f32; 9] = [
