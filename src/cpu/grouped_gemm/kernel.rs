@@ -24,7 +24,7 @@
 //! A step costs 2 loads of B and M broadcasts for 2 · M FMAs. With 2 FMAs and 2 loads a cycle the loads hide behind the FMAs from M = 2 on. With few
 //! rows a panel gives too few independent chains (2·M; a latency of 4 cycles and 2 FMA a cycle want 8), so up to four panels run side by side.
 
-use super::panel::{LINE, PanelFormat, UNROLL};
+use super::panel::{LINE, PanelFormat, UNROLL, step};
 use crate::cpu::simd::{Op, Simd};
 use core::marker::PhantomData;
 
@@ -132,16 +132,16 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
         let (mut a, mut b, mut ahead) = (t.a, t.b, t.prefetch.from);
         // A macro and not a closure: a closure that is not inlined would lose the instruction set (it did: 30 times slower).
         macro_rules! advance {
-            ($by:ident, $steps:expr) => {
+            ($by:expr, $steps:expr) => {
                 advance!($by, $steps, 0 1 2 3);
                 a = a.wrapping_add($steps * Format::WORDS);
                 b = b.wrapping_add($steps * nr * Format::COLUMN_BYTES);
             };
             // Not a loop, which the compiler would leave one if its body is long, with the sums in memory.
-            ($by:ident, $steps:expr, $($p:literal)*) => {$(
+            ($by:expr, $steps:expr, $($p:literal)*) => {$(
                 if const { $p < P } {
                     // SAFETY: `MicroKernel::run`'s contract: A and B hold `steps` steps.
-                    unsafe { Format::$by::<S, M>(s, &mut acc[$p], a, b.add($p * t.b_stride)) };
+                    unsafe { $by(s, &mut acc[$p], a, b.add($p * t.b_stride)) };
                 }
             )*};
         }
@@ -177,7 +177,7 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
                     if !counted {
                         ask!(step_bytes * UNROLL / 64);
                     }
-                    advance!(steps, UNROLL);
+                    advance!(Format::steps::<S, M>, UNROLL);
                     continue;
                 }
                 for u in 0..UNROLL {
@@ -185,11 +185,11 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
                         // Constants once the loop is unrolled.
                         ask!(step_bytes * (u + 1) / 64 - step_bytes * u / 64);
                     }
-                    advance!(step, 1);
+                    advance!(step::<S, Format, M>, 1);
                 }
             }
             for _ in 0..now % UNROLL {
-                advance!(step, 1);
+                advance!(step::<S, Format, M>, 1);
             }
             // On to the next line of the first row. After a line that is not full nothing follows.
             a = a.wrapping_add(M * LINE - LINE);

@@ -33,6 +33,8 @@ pub(crate) trait PanelFormat: Copy + Send + Sync + 'static {
     const EXTRA_BY_ELEMENT: usize = 0;
     /// A word of A holds a pair of bf16, for the native dot.
     const NATIVE_DOT: bool = false;
+    /// What a step reads of a column, for [`Simd::tile_step`].
+    const COLUMNS: Columns;
 
     /// Continues the chains of `acc` by one step. Row i's words of this step are at `a + i · LINE`.
     ///
@@ -87,6 +89,27 @@ unsafe fn rank1<S: Simd, const M: usize>(
         let x = s.splat(unsafe { *a.add(i * LINE) });
         row[0] = s.fma(x, b[0], row[0]);
         row[1] = s.fma(x, b[1], row[1]);
+    }
+}
+
+/// One step of a tile: by hand where the instruction set has one.
+///
+/// # Safety
+/// That of [`PanelFormat::step`].
+#[inline(always)]
+pub(super) unsafe fn step<S: Simd, Format: PanelFormat, const M: usize>(
+    s: S,
+    acc: &mut [[S::F; 2]; M],
+    a: *const f32,
+    b: *const u8,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if const { S::TILE_STEP && !Format::NATIVE_DOT } {
+            s.tile_step(Format::COLUMNS, acc, a, b);
+        } else {
+            Format::step(s, acc, a, b);
+        }
     }
 }
 
@@ -159,75 +182,46 @@ macro_rules! columns {
     };
 }
 
-impl PanelFormat for PanelF32 {
-    const STEP: usize = 1;
-    const COLUMN_BYTES: usize = 4;
-    const WORDS: usize = 1;
+/// A format with one k a step: `$columns` read by `$load` from numbers of type `$number`; with `$extra` registers beyond those of f32 where elements are multiplied.
+macro_rules! one_k_a_step {
+    ($format:ident, $columns:ident, $number:ty, $load:ident, $extra:literal) => {
+        impl PanelFormat for $format {
+            const STEP: usize = 1;
+            const COLUMN_BYTES: usize = size_of::<$number>();
+            const WORDS: usize = 1;
+            const EXTRA_BY_ELEMENT: usize = $extra;
+            const COLUMNS: Columns = Columns::$columns;
 
-    #[inline(always)]
-    unsafe fn step<S: Simd, const M: usize>(
-        s: S,
-        acc: &mut [[S::F; 2]; M],
-        a: *const f32,
-        b: *const u8,
-    ) {
-        if const { S::TILE_STEP } {
-            // SAFETY: the caller's contract.
-            return unsafe { s.tile_step(Columns::F32, acc, a, b) };
+            #[inline(always)]
+            unsafe fn step<S: Simd, const M: usize>(
+                s: S,
+                acc: &mut [[S::F; 2]; M],
+                a: *const f32,
+                b: *const u8,
+            ) {
+                let b = b.cast::<$number>();
+                // SAFETY: the caller's contract.
+                unsafe { rank1(s, acc, a, [s.$load(b), s.$load(b.add(S::LANES))]) }
+            }
+
+            #[inline(always)]
+            unsafe fn steps<S: Simd, const M: usize>(
+                s: S,
+                acc: &mut [[S::F; 2]; M],
+                a: *const f32,
+                b: *const u8,
+            ) {
+                let b = b.cast::<$number>();
+                // SAFETY: the caller's contract.
+                unsafe { rank4::<S, M, false>(s, acc, a, columns!(s, b, $load)) }
+            }
         }
-        let b = b.cast::<f32>();
-        // SAFETY: the caller's contract.
-        unsafe { rank1(s, acc, a, [s.load(b), s.load(b.add(S::LANES))]) }
-    }
-
-    #[inline(always)]
-    unsafe fn steps<S: Simd, const M: usize>(
-        s: S,
-        acc: &mut [[S::F; 2]; M],
-        a: *const f32,
-        b: *const u8,
-    ) {
-        let b = b.cast::<f32>();
-        // SAFETY: the caller's contract.
-        unsafe { rank4::<S, M, false>(s, acc, a, columns!(s, b, load)) }
-    }
+    };
 }
 
-impl PanelFormat for PanelF16 {
-    const STEP: usize = 1;
-    const COLUMN_BYTES: usize = 2;
-    const WORDS: usize = 1;
-    // Halves on their way to being widened: with ten rows NEON's tile spills.
-    const EXTRA_BY_ELEMENT: usize = 2;
-
-    #[inline(always)]
-    unsafe fn step<S: Simd, const M: usize>(
-        s: S,
-        acc: &mut [[S::F; 2]; M],
-        a: *const f32,
-        b: *const u8,
-    ) {
-        if const { S::TILE_STEP } {
-            // SAFETY: the caller's contract.
-            return unsafe { s.tile_step(Columns::F16, acc, a, b) };
-        }
-        let b = b.cast::<u16>();
-        // SAFETY: the caller's contract.
-        unsafe { rank1(s, acc, a, [s.load_f16(b), s.load_f16(b.add(S::LANES))]) }
-    }
-
-    #[inline(always)]
-    unsafe fn steps<S: Simd, const M: usize>(
-        s: S,
-        acc: &mut [[S::F; 2]; M],
-        a: *const f32,
-        b: *const u8,
-    ) {
-        let b = b.cast::<u16>();
-        // SAFETY: the caller's contract.
-        unsafe { rank4::<S, M, false>(s, acc, a, columns!(s, b, load_f16)) }
-    }
-}
+one_k_a_step!(PanelF32, F32, f32, load, 0);
+// Halves on their way to being widened: with ten rows NEON's tile spills.
+one_k_a_step!(PanelF16, F16, u16, load_f16, 2);
 
 impl PanelFormat for PanelBf16 {
     const STEP: usize = 2;
@@ -235,6 +229,7 @@ impl PanelFormat for PanelBf16 {
     const WORDS: usize = 2;
     // Both halves of B at once, and the mask: where the compiler allots registers (AVX-512), it spills with a row more.
     const EXTRA_REGISTERS: usize = 2;
+    const COLUMNS: Columns = Columns::Bf16Pairs;
 
     #[inline(always)]
     unsafe fn step<S: Simd, const M: usize>(
@@ -243,10 +238,6 @@ impl PanelFormat for PanelBf16 {
         a: *const f32,
         b: *const u8,
     ) {
-        if const { S::TILE_STEP } {
-            // SAFETY: the caller's contract.
-            return unsafe { s.tile_step(Columns::Bf16Pairs, acc, a, b) };
-        }
         let b = b.cast::<i32>();
         // SAFETY: the caller's contract.
         let words = unsafe { [s.load_i(b), s.load_i(b.add(S::LANES))] };
@@ -295,6 +286,7 @@ impl PanelFormat for PanelBf16Dot {
     const COLUMN_BYTES: usize = 4;
     const WORDS: usize = 1;
     const NATIVE_DOT: bool = true;
+    const COLUMNS: Columns = Columns::Bf16Pairs;
 
     #[inline(always)]
     unsafe fn step<S: Simd, const M: usize>(
