@@ -123,7 +123,8 @@ impl Both {
     /// mean square of eps / √12. Weights of variance 1 / fan-in and norms hand noise on at its relative size; a gated activation, the product of two numbers that
     /// both have it, at most doubles it. So z and h count twice, the sum once: √(4 + 4 + 1) · eps / √12 = 0.87 · eps of what y is made of, of which the largest |y| of 40
     /// or more is twice the root mean square: eps / 2 of the largest. Without a latent space z and h are equal but for an h whose sum, taken in another order, falls on
-    /// the other side of a tie: half of that is more than enough. A single element may have four times as much.
+    /// the other side of a tie: half of that is more than enough. A single element may have four times as much: no bound, but what the numbers here keep; over 60 seeds 2 of 12 000
+    /// elements of f16 went beyond it. That nothing else differs is what the exact kernels show.
     fn check_roundings(&self) {
         let eps = match self.w.dtype {
             DType::BF16 => 1.0 / 256.0,
