@@ -87,7 +87,7 @@ impl Problem {
         }
         let x = Generator::new(0, Stream::Tokens).floats(MOST_ROWS * experts * k, 1.0);
         Self {
-            cpu: cpu.clone(),
+            cpu: *cpu,
             packed,
             n,
             k,
