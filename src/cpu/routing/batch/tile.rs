@@ -6,10 +6,10 @@
 //! 2. sixteen elements of a row are as many as any stage needs, so a tile is sixteen vectors on every instruction set;
 //! 3. on the way back a row is written as whole vectors, whose excess the next token's row overwrites.
 
-use super::{ROW, SLOTS, TOKENS};
+use super::{SLOTS, TOKENS};
 use crate::cpu::simd::{MAX_LANES, Simd};
 
-/// Element `first + c` of tokens `tile ..`, for c = 0 .. 16: token t in lane t.
+/// Element `first + c` of tokens `tile ..`, for c = 0 .. 16: token t in lane t. Of integers it moves the bits.
 #[inline(always)]
 pub(super) fn load_tile<S: Simd, const N: usize>(
     s: S,
@@ -22,26 +22,6 @@ pub(super) fn load_tile<S: Simd, const N: usize>(
         let mut v = [s.splat(0.0); MAX_LANES];
         for (v, row) in v.iter_mut().zip(&rows[tile..][..S::LANES]) {
             *v = s.load_slice(&row[first + part..]);
-        }
-        s.transpose(&mut v);
-        all[part..][..S::LANES].copy_from_slice(&v[..S::LANES]);
-    }
-    all
-}
-
-/// [`load_tile`] of integers.
-#[inline(always)]
-pub(super) fn load_tile_i<S: Simd>(
-    s: S,
-    rows: &[[i32; ROW]; TOKENS],
-    tile: usize,
-    first: usize,
-) -> [S::F; SLOTS] {
-    let mut all = [s.splat(0.0); SLOTS];
-    for part in (0..SLOTS).step_by(S::LANES) {
-        let mut v = [s.splat(0.0); MAX_LANES];
-        for (v, row) in v.iter_mut().zip(&rows[tile..][..S::LANES]) {
-            *v = s.from_bits(s.load_slice_i(&row[first + part..]));
         }
         s.transpose(&mut v);
         all[part..][..S::LANES].copy_from_slice(&v[..S::LANES]);

@@ -8,14 +8,15 @@
 //! 4. sums over the K weights run in slot order, in vectors of tokens: what `routing/weigh.rs` does, in the same order.
 
 use super::sort::{merge_keys, sort_keys};
-use super::tile::{load_tile_i, store_tile};
-use super::{Plan, Ranked, Raw, Room, Rows, SLOTS};
+use super::tile::{load_tile, store_tile};
+use super::{Plan, ROW, Ranked, Raw, Room, Rows, SLOTS};
 use crate::cpu::routing::logits::elementwise;
 use crate::cpu::routing::select::{NAN, key};
 use crate::cpu::routing::{Job, Out, weigh};
 use crate::cpu::simd::math::exp_low;
 use crate::cpu::simd::{MAX_LANES, Simd};
 use crate::routing::{Renorm, RouterConfig, Score};
+use bytemuck::cast_ref;
 
 /// A NaN.
 const NAN_BITS: i32 = f32::NAN.to_bits() as i32;
@@ -29,8 +30,8 @@ fn sorted_candidates<S: Simd>(
     first: usize,
     room: &Room,
 ) -> ([S::I; SLOTS], [S::I; SLOTS]) {
-    let values = load_tile_i(s, &room.values, tile, first);
-    let ids_of = load_tile_i(s, &room.ids, tile, first);
+    let values = load_tile::<S, ROW>(s, cast_ref(&room.values), tile, first);
+    let ids_of = load_tile::<S, ROW>(s, cast_ref(&room.ids), tile, first);
     let (max, sum) = (
         s.load_slice(&room.max[tile..]),
         s.load_slice(&room.sum[tile..]),
