@@ -112,7 +112,7 @@ impl Streaming {
 }
 
 /// What the caches and the kind of this machine want.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Blocking {
     /// Words of packed A: half of the L2 cache, between what MC rows of one slice need and a megabyte.
     pub(super) a_words: usize,
