@@ -4,8 +4,8 @@
 //! sixteen registers:   12 sums   left, right: 8 columns each   x: a word of A in all lanes   odd (bf16): a mask
 //! ```
 //!
-//! Nothing is left over, and a compiler that moves one load forward has to put a vector on the stack. It did so in the tiles of bf16 and in those of two panels: on a Zen 3 core with
-//! B in L2, 3 rows × 2 panels ran at 37% (f32) and 42% (f16) of the peak, bf16 with 2 × 2 at 25% and with 5 rows at 31%; with these steps at 76, 79, 64 and 84%. Barriers between the loads
+//! Nothing is left over, and a compiler that moves one load forward has to put a vector on the stack. It did so in the tiles of bf16 and in those of two panels: on a Zen 3 core 3 rows × 2 panels
+//! ran at 37% (f32) and 42% (f16) of the peak, bf16 with 5 rows at 32%; with these steps at 76, 79 and 82%. Barriers between the loads
 //! only moved the trouble: the loads stay, and multiply-adds sink past them. bf16 reads its columns twice rather than keep them, which leaves room for a sixth row.
 
 use crate::cpu::simd::Columns;
