@@ -8,12 +8,12 @@
 
 mod support;
 
-use half::{bf16, f16};
 use moe_kernels::grouped_gemm::{Groups, PackedMatrices, grouped_gemm_into, scratch_bytes};
-use moe_kernels::{AnyMatRef, Cpu, DType, MatMut, MatRef};
+use moe_kernels::{Cpu, DType, MatMut};
 use std::time::Instant;
 use support::layer::measure::{Machine, median};
 use support::layer::seeded::{Generator, Stream};
+use support::layer::tensor::Values;
 use support::only_testing;
 use support::roof::Work;
 
@@ -32,68 +32,32 @@ struct Problem {
     k: usize,
     experts: usize,
     /// The first expert's weights, as they were before they were packed.
-    w: Vec<f32>,
+    w: Values,
     x: Values,
     out: Vec<f32>,
     scratch: Vec<u8>,
 }
 
-/// Numbers of one format.
-enum Values {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-}
-
-impl Values {
-    fn new(dtype: DType, x: &[f32]) -> Self {
-        match dtype {
-            DType::F32 => Self::F32(x.to_vec()),
-            DType::F16 => Self::F16(x.iter().map(|&x| f16::from_f32(x)).collect()),
-            _ => Self::Bf16(x.iter().map(|&x| bf16::from_f32(x)).collect()),
-        }
-    }
-
-    fn get(&self, i: usize) -> f64 {
-        match self {
-            Self::F32(x) => x[i].into(),
-            Self::F16(x) => x[i].into(),
-            Self::Bf16(x) => x[i].into(),
-        }
-    }
-
-    fn matrix(&self, rows: usize, cols: usize) -> AnyMatRef<'_> {
-        let n = rows * cols;
-        match self {
-            Self::F32(x) => MatRef::new(&x[..n], rows, cols).unwrap().into(),
-            Self::F16(x) => MatRef::new(&x[..n], rows, cols).unwrap().into(),
-            Self::Bf16(x) => MatRef::new(&x[..n], rows, cols).unwrap().into(),
-        }
-    }
-}
-
 impl Problem {
     fn new(cpu: &Cpu, dtype: DType, [n, k, experts]: [usize; 3]) -> Self {
         let mut packed = PackedMatrices::new(cpu, n, k, dtype).unwrap();
-        let mut first = Vec::new();
-        for e in 0..experts {
+        let expert = |e: usize| {
             let w = Generator::new(e as u64, Stream::Expert(0, 0));
-            let w = w.floats(n * k, (k as f32).sqrt().recip());
-            let matrix = MatRef::new(&w, n, k).unwrap();
-            packed.push(cpu, matrix.into(), None).unwrap();
-            if e == 0 {
-                first = w;
-            }
+            w.values(dtype, n * k, (k as f32).sqrt().recip())
+        };
+        for e in 0..experts {
+            let w = expert(e);
+            packed.push(cpu, w.matrix(n, k).unwrap(), None).unwrap();
         }
-        let x = Generator::new(0, Stream::Tokens).floats(MOST_ROWS * experts * k, 1.0);
+        let x = Generator::new(0, Stream::Tokens);
         Self {
             cpu: *cpu,
             packed,
             n,
             k,
             experts,
-            w: first,
-            x: Values::new(dtype, &x),
+            w: expert(0),
+            x: x.values(dtype, MOST_ROWS * experts * k, 1.0),
             out: vec![f32::NAN; MOST_ROWS * experts * n],
             scratch: vec![0; scratch_bytes(cpu)],
         }
@@ -108,7 +72,7 @@ impl Problem {
             offsets: &offsets,
             counts: &counts,
         };
-        let x = self.x.matrix(total, self.k);
+        let x = self.x.matrix(total, self.k).unwrap();
         let out = MatMut::new(&mut self.out[..total * self.n], total, self.n).unwrap();
         let scratch = &mut self.scratch;
         let start = Instant::now();
@@ -138,10 +102,11 @@ impl Problem {
     fn check(&mut self, rows: usize) {
         self.out.fill(f32::NAN);
         self.run(rows);
-        let w = Values::new(self.packed.dtype(), &self.w);
+        let (w, x) = (self.w.f32s(), self.x.f32s());
         for r in 0..rows {
             for j in (r % 7..self.n).step_by(61) {
-                let terms = (0..self.k).map(|k| self.x.get(r * self.k + k) * w.get(j * self.k + k));
+                let (x, w) = (&x[r * self.k..][..self.k], &w[j * self.k..][..self.k]);
+                let terms = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
                 let exact: f64 = terms.clone().sum();
                 let size: f64 = terms.map(f64::abs).sum();
                 let found = f64::from(self.out[r * self.n + j]);

@@ -65,7 +65,7 @@ impl Generator {
     }
 
     /// n numbers of variance `scale²`.
-    fn values(self, dtype: DType, n: usize, scale: f32) -> Values {
+    pub fn values(self, dtype: DType, n: usize, scale: f32) -> Values {
         let scale = scale * 3f32.sqrt();
         match dtype {
             DType::F16 => Values::F16(self.fill(n, |v| f16::from_f32(v * scale))),

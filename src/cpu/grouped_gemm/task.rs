@@ -139,7 +139,8 @@ impl Task<'_> {
         let all = lines.start == 0 && last;
         // LOOP 3: several panels at once when there are few rows
         let streaming = self.blocking.streaming;
-        let at_once = if streaming.by_turns::<K>(m) {
+        let by_turns = streaming.by_turns::<K>(m);
+        let at_once = if by_turns {
             2
         } else if m <= K::MR && streaming.side_by_side(m) {
             K::panels_at_once(m)
@@ -163,7 +164,7 @@ impl Task<'_> {
             } else {
                 Next::Part
             };
-            if width > 1 && streaming.by_turns::<K>(m) {
+            if by_turns && width > 1 {
                 self.turns(kernel, panel, width, lines.clone(), a, c);
             } else {
                 self.slices(kernel, panel, width, then, lines.clone(), a, c);
