@@ -61,6 +61,7 @@ impl PackedMatrices {
             n,
             k,
             gated,
+            halved: kernel::halves_panels(cpu.isa()),
         };
         let bytes = layout.matrix_bytes().ok_or(Error::Overflow {
             what: "packed matrix bytes",
@@ -258,6 +259,13 @@ impl PackedMatrices {
 
     pub(crate) fn layout(&self) -> &PanelLayout {
         &self.layout
+    }
+
+    /// For tests of what another kind of CPU would choose; while nothing is packed.
+    #[cfg(test)]
+    pub(crate) fn set_halved(&mut self, halved: bool) {
+        assert!(self.is_empty());
+        self.layout.halved = halved;
     }
 
     pub(crate) fn panels(&self, expert: usize) -> &[u8] {

@@ -1,6 +1,6 @@
 //! What the caches and the kind of this machine want: the sizes of the blocks, and how B is asked for.
 
-use super::kernel::{MicroKernel, Pace, Prefetch};
+use super::kernel::{Gaps, MicroKernel, Pace, Prefetch};
 use super::panel::LINE;
 use super::plan::MC;
 use crate::cpu::caches::caches;
@@ -19,8 +19,8 @@ pub(super) const HEAD_BYTES: usize = 4096;
 /// four steps 3%. On Emerald Rapids, where [`Streaming`] is into L2: without it T = 64 takes 31% (f32) and 37% (bf16) longer.
 const AHEAD_BYTES: usize = 8192;
 
-/// The same with [`Streaming::Near`], shared by the panels side by side.
-const NEAR_BYTES: usize = 2048;
+/// The same with [`Streaming::Near`], shared by the panels side by side and by the halves of each.
+const NEAR_BYTES: usize = 4096;
 
 /// Bytes of a slice of B that are worth a fifth of a small L2.
 const SLICE_BYTES: usize = 100 << 10;
@@ -37,10 +37,11 @@ fn line_bytes<K: MicroKernel>() -> usize {
 pub(super) enum Streaming {
     /// Into L1. On a Zen 5 core T = 64 is 7% slower into L2.
     IntoL1,
-    /// Into L1, near; by the hardware where that leaves enough loads under way ([`Streaming::asks`], [`Streaming::by_turns`]). A loop on a Zen 3 core reads 27 to 30 GB/s by two streams or more that the
-    /// hardware finds, 22 to 23 by one, 17 to 21 where it asks for lines a KiB ahead; a tile leaves the hardware few loads to see. GB/s of f32 in one run, with 1, 2, 3, 4, 6 rows: 24, 23, 24, 20, 21 with
-    /// 2 KiB; 23, 20, 20, 17, 20 with 8 KiB; 21, 19, 18, 18, 17 unasked, one panel at a time. bf16 is 0 to 8% better than with 8 KiB, and up to 25% worse with 512 B. Into L2 is level; two
-    /// pages of one panel in turn lose 3 to 10%.
+    /// Into L1, near, from panels in halves; by the hardware where that leaves enough loads under way ([`Streaming::asks`]). A loop on a Zen 3 core reads 27 to 30 GB/s by two streams
+    /// or more that the hardware finds, 22 to 23 by one, 17 to 21 where it asks for lines a KiB ahead: it follows one stream a page, and its L1 cache has 24 misses under way. So each panel is
+    /// two streams. Against panels in one piece (products of 24 experts in one process by turns, while neighbours left 20 GB/s of 30): f32 with 2, 4, 6, 8, 12 rows 19, 24, 21, 14, 9% faster,
+    /// bf16 with 1 to 6 rows 4 to 24%, f16 with 1 to 6 rows 3 to 11%. Four streams are level for f32, and with the quarters of 128 B that bf16 and f16 would have up to 40% slower with one row; lines of two
+    /// panels in turn 15 to 25% slower with 4 to 6 rows; loads or prefetches that walk through four pages ahead of one stream 0 to 40% slower. Into L2 is level.
     Near,
     /// Into L2. On an Emerald Rapids core 7% (T = 64, f32), 2% (T = 64, bf16) and 4% (T = 8, f32) faster than into L1, whose sixteen misses under way the loads want, too;
     /// with 24 to 32 rows of an expert, where slices are shared, 2 to 6%, with 64 rows 0 to 1%.
@@ -73,8 +74,8 @@ impl Streaming {
     pub(super) fn asks<K: MicroKernel>(self, rows: usize) -> bool {
         match self {
             Self::ByHardwareUpTo(most) => rows > most,
-            // f32 on a Zen 3 core, panels side by side: 4 to 5% faster unasked with 1 row, 1 to 3% with 2, 6% slower with 3. bf16 and f16 are 3 to 15% slower.
-            Self::Near => rows > 2 || line_bytes::<K>() < KIB,
+            // With half a KiB a turn (f32) the hardware finds both halves: asking takes 10 to 25% longer. With half of that (bf16, f16) it does not: not asking takes 5 to 30% longer.
+            Self::Near => rows > K::MR || line_bytes::<K>() < KIB,
             _ => true,
         }
     }
@@ -82,16 +83,6 @@ impl Streaming {
     /// Whether panels run side by side where a few rows leave registers for them.
     pub(super) fn side_by_side(self, rows: usize) -> bool {
         !matches!(self, Self::ByHardwareUpTo(most) if rows <= most)
-    }
-
-    /// Whether two panels take turns, a line of A each, at a tile that has registers for one: two streams for the hardware to see. The sums come and go with each turn, so it pays where a
-    /// turn is a KiB of B at the least. On a Zen 3 core (f32), in four runs, GFLOP/s with 4 rows +6 to +34%, with 5 rows +1 to +32%, with 6 rows −4 to +16%: most when neighbours want memory, too. Asking
-    /// for lines besides loses most of it, turns of 2 KiB all; bf16 and f16, with half as many bytes a turn, are 10 to 15% slower.
-    pub(super) fn by_turns<K: MicroKernel>(self, rows: usize) -> bool {
-        self == Self::Near
-            && rows <= K::MR
-            && K::panels_at_once(rows) == 1
-            && line_bytes::<K>() >= KIB
     }
 
     /// For B that is used once.
@@ -109,6 +100,11 @@ impl Streaming {
             _ => Pace::Counted,
         }
     }
+}
+
+/// Whether panels are packed in halves: [`PanelLayout::halved`](super::packing::PanelLayout::halved).
+pub(crate) fn halves_panels(isa: Isa) -> bool {
+    isa == Isa::Avx2 && Streaming::new(isa) == Streaming::Near
 }
 
 /// What the caches and the kind of this machine want.
@@ -142,6 +138,7 @@ impl Blocking {
 /// For one tile, which reads B as a stream: what lies [`Streaming::ahead`] in it, and in its last part what comes after it.
 pub(super) fn stream_ahead<K: MicroKernel>(
     streaming: Streaming,
+    apart: Option<usize>,
     b: *const u8,
     steps: usize,
     after: *const u8,
@@ -149,11 +146,13 @@ pub(super) fn stream_ahead<K: MicroKernel>(
 ) -> Prefetch {
     let line_steps = LINE / K::WORDS;
     let ahead = (streaming.ahead() / width / K::STEP_BYTES).next_multiple_of(line_steps);
+    let pieces = if apart.is_some() { 2 } else { 1 };
     Prefetch {
-        from: b.wrapping_add(ahead * K::STEP_BYTES),
+        from: b.wrapping_add(ahead * K::STEP_BYTES / pieces),
         pace: streaming.pace(),
         lines: 0,
         turn: steps.saturating_sub(ahead).next_multiple_of(line_steps),
         then: after,
+        gaps: Gaps::new(apart, K::GROUP * K::STEP_BYTES),
     }
 }

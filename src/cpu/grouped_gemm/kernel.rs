@@ -39,6 +39,10 @@ pub(crate) struct TileArgs {
     pub(crate) b: *const u8,
     /// Bytes from one panel to the next.
     pub(crate) b_stride: usize,
+    /// Between the halves of B's lines.
+    pub(crate) gaps: Gaps,
+    /// B's steps after its last whole line, where there are gaps.
+    pub(crate) tail: *const u8,
     /// A block of `[rows][NR]` for each panel.
     pub(crate) c: *mut f32,
     /// Floats from one block to the next.
@@ -49,6 +53,30 @@ pub(crate) struct TileArgs {
     pub(crate) prefetch: Prefetch,
 }
 
+/// What a pointer that walks through a panel leaves out, modulo 2⁶⁴, where the halves of its lines lie apart; nothing where the panel is in one piece. See
+/// [`PanelLayout::halved`](super::packing::PanelLayout::halved).
+#[derive(Clone, Copy)]
+pub(crate) struct Gaps {
+    after_half: usize,
+    /// Besides, after the second half.
+    after_line: usize,
+}
+
+impl Gaps {
+    pub(crate) const NONE: Self = Self {
+        after_half: 0,
+        after_line: 0,
+    };
+
+    /// For a pointer that moves by `bytes` itself in each half, while the halves are `apart` bytes from each other.
+    pub(crate) fn new(apart: Option<usize>, bytes: usize) -> Self {
+        apart.map_or(Self::NONE, |apart| Self {
+            after_half: apart.wrapping_sub(bytes),
+            after_line: bytes.wrapping_sub(2 * apart),
+        })
+    }
+}
+
 /// Lines to bring into cache while a tile runs. Any address will do.
 #[derive(Clone, Copy)]
 pub(crate) struct Prefetch {
@@ -56,12 +84,14 @@ pub(crate) struct Prefetch {
     pub(crate) pace: Pace,
     /// Where to begin, for the first panel; further panels `b_stride` bytes on.
     pub(crate) from: *const u8,
-    /// Lines for every [`UNROLL`] steps of [`Pace::Counted`] and [`Pace::CountedL2`].
+    /// Lines for every [`MicroKernel::GROUP`] of steps of [`Pace::Counted`] and [`Pace::CountedL2`].
     pub(crate) lines: usize,
     /// The step from which it goes on elsewhere: a multiple of the steps in a line of A.
     pub(crate) turn: usize,
     /// Where.
     pub(crate) then: *const u8,
+    /// Between the halves of the lines of B that they are of.
+    pub(crate) gaps: Gaps,
 }
 
 /// How a tile asks for lines. One variant of the tile each: a count inside the loop costs more than it brings where B is used once, and with a choice of caches inside it
@@ -90,6 +120,7 @@ impl Prefetch {
         lines: 0,
         turn: usize::MAX,
         then: core::ptr::null(),
+        gaps: Gaps::NONE,
     };
 }
 
@@ -105,6 +136,15 @@ impl<Format, const M: usize, const P: usize, const PACE: u8> Tile<Format, M, P, 
             args,
             format: PhantomData,
         }
+    }
+}
+
+/// See [`MicroKernel::GROUP`].
+const fn group<S: Simd, Format: PanelFormat>() -> usize {
+    if S::HALVES {
+        LINE / Format::WORDS / 2
+    } else {
+        UNROLL
     }
 }
 
@@ -163,13 +203,18 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
         let counted = const { PACE == COUNTED || PACE == COUNTED_L2 };
         let line_steps = LINE / Format::WORDS;
         let step_bytes = nr * Format::COLUMN_BYTES;
+        let in_group = const { group::<S, Format>() };
         let mut left = t.steps;
         while left > 0 {
             let now = left.min(line_steps);
             if t.steps - left == t.prefetch.turn {
                 ahead = t.prefetch.then;
             }
-            for _ in 0..now / UNROLL {
+            let mut gaps = t.gaps;
+            if const { S::HALVES } && now < line_steps {
+                (b, gaps) = (t.tail, Gaps::NONE);
+            }
+            for _ in 0..now / in_group {
                 if counted {
                     ask!(t.prefetch.lines);
                 }
@@ -180,19 +225,27 @@ impl<Format: PanelFormat, const M: usize, const P: usize, const PACE: u8> Op
                     advance!(Format::steps::<S, M>, UNROLL);
                     continue;
                 }
-                for u in 0..UNROLL {
+                for u in 0..in_group {
                     if !counted {
                         // Constants once the loop is unrolled.
                         ask!(step_bytes * (u + 1) / 64 - step_bytes * u / 64);
                     }
                     advance!(step::<S, Format, M>, 1);
                 }
+                if const { S::HALVES } {
+                    b = b.wrapping_add(gaps.after_half);
+                    ahead = ahead.wrapping_add(t.prefetch.gaps.after_half);
+                }
             }
-            for _ in 0..now % UNROLL {
+            for _ in 0..now % in_group {
                 advance!(step::<S, Format, M>, 1);
             }
             // On to the next line of the first row. After a line that is not full nothing follows.
             a = a.wrapping_add(M * LINE - LINE);
+            if const { S::HALVES } {
+                b = b.wrapping_add(gaps.after_line);
+                ahead = ahead.wrapping_add(t.prefetch.gaps.after_line);
+            }
             left -= now;
         }
         for (p, panel) in acc.iter().enumerate() {
@@ -220,6 +273,8 @@ pub(crate) trait MicroKernel: Copy {
     const WORDS: usize;
     /// Bytes of a panel in one step.
     const STEP_BYTES: usize;
+    /// Steps between two turns at prefetching; half a line of A where panels may lie in halves.
+    const GROUP: usize;
     /// See [`PanelFormat::NATIVE_DOT`].
     const NATIVE_DOT: bool;
 
@@ -281,6 +336,7 @@ impl<S: Simd, Format: PanelFormat> MicroKernel for Kernel<S, Format> {
     const NR: usize = 2 * S::LANES;
     const WORDS: usize = Format::WORDS;
     const STEP_BYTES: usize = 2 * S::LANES * Format::COLUMN_BYTES;
+    const GROUP: usize = group::<S, Format>();
     const NATIVE_DOT: bool = Format::NATIVE_DOT;
 
     #[inline(always)]

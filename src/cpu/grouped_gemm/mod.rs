@@ -40,6 +40,7 @@ mod task;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use blocking::halves_panels;
 pub(crate) use packing::{Columns, PanelLayout, pack, pack_bias, pack_into};
 pub(crate) use rows::RowSource;
 pub(crate) use storage::{Storage, advise_huge_pages};

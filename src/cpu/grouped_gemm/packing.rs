@@ -7,12 +7,18 @@
 //!                                                                       bf16:     a step is two, (even, odd) in each 32-bit word
 //! ```
 //!
+//! Where the CPU's prefetcher follows two streams better than one, a panel of K = L lines and a rest lies in halves ([`PanelLayout::halved`]); a line is what meets a line of A:
+//!
+//! ```text
+//! first half of line 0, of line 1, …, of line L-1 │ second half of line 0, of line 1, …, of line L-1 │ the rest
+//! ```
+//!
 //! A plain panel holds columns `p·NR ..`. A gated one holds LANES gate columns, then the LANES up columns of the same intermediate features, so
 //! that one tile has both halves of SwiGLU. Missing columns, and the odd half of a last pair, are zeros.
 
 mod direct;
 
-use super::panel::{PanelBf16, PanelF16, PanelF32, PanelFormat};
+use super::panel::{LINE, PanelBf16, PanelF16, PanelF32, PanelFormat};
 use super::storage::Storage;
 use crate::cpu::Cpu;
 use crate::cpu::caches::caches;
@@ -45,6 +51,8 @@ pub(crate) struct PanelLayout {
     pub(crate) k: usize,
     /// Panels hold gate and up columns side by side.
     pub(crate) gated: bool,
+    /// The second halves of a panel's lines lie behind the first halves. Speed only; see [`Streaming::Near`](super::blocking::Streaming::Near).
+    pub(crate) halved: bool,
 }
 
 impl PanelLayout {
@@ -80,6 +88,34 @@ impl PanelLayout {
 
     pub(crate) fn panel_bytes(&self) -> usize {
         self.steps() * self.step_bytes()
+    }
+
+    /// Steps that meet a line of A.
+    fn line_steps(&self) -> usize {
+        LINE / self.step()
+    }
+
+    fn half_line_bytes(&self) -> usize {
+        self.line_steps() / 2 * self.step_bytes()
+    }
+
+    /// Bytes from the first half of a line to the second, where they lie apart.
+    pub(crate) fn apart(&self) -> Option<usize> {
+        let lines = self.steps() / self.line_steps();
+        self.halved.then_some(lines * self.half_line_bytes())
+    }
+
+    /// Where byte `at` of the steps in their order lies in a panel, and how many follow it there.
+    pub(crate) fn place(&self, at: usize) -> (usize, usize) {
+        match self.apart() {
+            Some(apart) if at < 2 * apart => {
+                let half = self.half_line_bytes();
+                let (count, within) = (at / half, at % half);
+                let place = count % 2 * apart + count / 2 * half + within;
+                (place, half - within)
+            }
+            _ => (at, self.panel_bytes() - at),
+        }
     }
 
     /// Bytes of the whole matrix, or `None` when they do not fit.

@@ -3,9 +3,9 @@
 use super::Product;
 use super::blocking::{Blocking, COLUMNS, HEAD_BYTES, stream_ahead};
 use super::epilogue::FinishPanel;
-use super::kernel::{MicroKernel, Prefetch, TileArgs};
+use super::kernel::{Gaps, MicroKernel, Prefetch, TileArgs};
 use super::packing::PanelLayout;
-use super::panel::{LINE, UNROLL};
+use super::panel::LINE;
 use super::plan::Run;
 use super::rows::{self, RowSource};
 use crate::cpu::simd::{Op, Simd};
@@ -139,10 +139,7 @@ impl Task<'_> {
         let all = lines.start == 0 && last;
         // LOOP 3: several panels at once when there are few rows
         let streaming = self.blocking.streaming;
-        let by_turns = streaming.by_turns::<K>(m);
-        let at_once = if by_turns {
-            2
-        } else if m <= K::MR && streaming.side_by_side(m) {
+        let at_once = if m <= K::MR && streaming.side_by_side(m) {
             K::panels_at_once(m)
         } else {
             1
@@ -164,11 +161,7 @@ impl Task<'_> {
             } else {
                 Next::Part
             };
-            if by_turns && width > 1 {
-                self.turns(kernel, panel, width, lines.clone(), a, c);
-            } else {
-                self.slices(kernel, panel, width, then, lines.clone(), a, c);
-            }
+            self.slices(kernel, panel, width, then, lines.clone(), a, c);
             if last {
                 for (i, c) in c.chunks_exact_mut(block_floats).enumerate() {
                     // SAFETY: the rows and panels of this run are inside `out` (checked at the door) and no other run has them; `Product::new`'s contract.
@@ -190,42 +183,6 @@ impl Task<'_> {
         }
     }
 
-    /// LOOPS 4 and 5 for one tile: a line of each of `width` panels in turn. Why: [`Streaming::by_turns`](super::blocking::Streaming::by_turns).
-    #[inline(always)]
-    fn turns<K: MicroKernel>(
-        &self,
-        kernel: K,
-        panel: usize,
-        width: usize,
-        lines: Range<usize>,
-        a: &[f32],
-        c: &mut [f32],
-    ) {
-        let layout = self.product.weights.layout();
-        let b = self.product.weights.panels(self.run.expert);
-        let (m, panel_bytes) = (self.run.rows.len(), layout.panel_bytes());
-        let line_steps = LINE / K::WORDS;
-        assert!(m <= K::MR && a.len() >= m * lines.len() * LINE && c.len() >= width * m * K::NR);
-        for (line, a) in lines.zip(a.chunks_exact(m * LINE)) {
-            let from = line * line_steps;
-            for (p, c) in c.chunks_exact_mut(m * K::NR).enumerate() {
-                let b = &b[(panel + p) * panel_bytes..][..panel_bytes];
-                let args = TileArgs {
-                    steps: line_steps.min(layout.steps() - from),
-                    a: a.as_ptr(),
-                    b: b[from * K::STEP_BYTES..].as_ptr(),
-                    b_stride: panel_bytes,
-                    c: c.as_mut_ptr(),
-                    c_stride: m * K::NR,
-                    accumulate: from > 0,
-                    prefetch: Prefetch::NONE,
-                };
-                // SAFETY: `a` is a line of m ≤ MR rows, `c` a block of m rows, and the panel has all steps of the layout.
-                unsafe { kernel.run(m, 1, args) };
-            }
-        }
-    }
-
     /// LOOPS 4 and 5: `width` panels from `panel` on.
     #[inline(always)]
     fn slices<K: MicroKernel>(
@@ -243,8 +200,12 @@ impl Task<'_> {
         let (m, panel_bytes) = (self.run.rows.len(), layout.panel_bytes());
         let line_steps = LINE / K::WORDS;
         let steps = lines.start * line_steps..layout.steps().min(lines.end * line_steps);
-        let at =
-            |panel: usize, step: usize| b[panel * panel_bytes + step * K::STEP_BYTES..].as_ptr();
+        // Where a line of a panel begins.
+        let at = |panel: usize, step: usize| {
+            b[panel * panel_bytes + layout.place(step * K::STEP_BYTES).0..].as_ptr()
+        };
+        let apart = layout.apart();
+        let tail = at(panel, layout.steps() / line_steps * line_steps);
         let tile_count = m.div_ceil(K::MR);
         // With one tile B is used once: no slices.
         let slice = if tile_count == 1 {
@@ -264,7 +225,7 @@ impl Task<'_> {
             } else {
                 match then {
                     Next::Panel(panel) => at(panel, steps.start),
-                    Next::Part => at(panel, from + now - 1),
+                    Next::Part => at(panel, from),
                     Next::Run => self.then,
                 }
             };
@@ -272,7 +233,7 @@ impl Task<'_> {
             let mut prefetch = if !streaming.asks::<K>(m) {
                 Prefetch::NONE
             } else if tile_count == 1 {
-                stream_ahead::<K>(streaming, at(panel, from), now, after, width)
+                stream_ahead::<K>(streaming, apart, at(panel, from), now, after, width)
             } else {
                 let last = from + now == steps.end && matches!(then, Next::Run);
                 let bytes = if last {
@@ -280,10 +241,12 @@ impl Task<'_> {
                 } else {
                     now * K::STEP_BYTES
                 };
+                let lines = (bytes / 64).div_ceil(tile_count * (now / K::GROUP).max(1));
                 Prefetch {
                     from: after,
                     pace: streaming.slice_pace(),
-                    lines: (bytes / 64).div_ceil(tile_count * (now / UNROLL).max(1)),
+                    lines,
+                    gaps: Gaps::new(apart, lines * 64),
                     ..Prefetch::NONE
                 }
             };
@@ -295,6 +258,8 @@ impl Task<'_> {
                     a: a[(from - steps.start) / line_steps * (end - first) * LINE..].as_ptr(),
                     b: at(panel, from),
                     b_stride: panel_bytes,
+                    gaps: Gaps::new(apart, K::GROUP * K::STEP_BYTES),
+                    tail,
                     c: c[first * K::NR..].as_mut_ptr(),
                     c_stride: m * K::NR,
                     accumulate: from > 0,
@@ -303,9 +268,9 @@ impl Task<'_> {
                 // SAFETY: A's tile holds `lines` of m rows, each panel all its steps, C `width` blocks of m rows (asserted above); a tile has at most MR
                 // rows because there are ⌈m / MR⌉.
                 unsafe { kernel.run(end - first, width, args) };
-                prefetch.from = prefetch
-                    .from
-                    .wrapping_add(now / UNROLL * prefetch.lines * 64);
+                let asked = now / K::GROUP * prefetch.lines * 64;
+                let pieces = if apart.is_some() { 2 } else { 1 };
+                prefetch.from = prefetch.from.wrapping_add(asked / pieces);
             }
         }
     }

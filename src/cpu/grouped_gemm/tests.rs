@@ -46,12 +46,25 @@ where
         out.iter().map(|v| v.to_bits()).collect()
     }
 
-    fn check(&self, cpu: &Cpu) {
+    fn packed(&self, cpu: &Cpu, halved: bool) -> PackedMatrices {
         let mut packed = PackedMatrices::new(cpu, self.n, self.k, T::DTYPE).unwrap();
+        packed.set_halved(halved);
         let w = MatRef::new(&self.w, self.n, self.k).unwrap();
         packed.push(cpu, w.into(), None).unwrap();
+        packed
+    }
+
+    fn check(&self, cpu: &Cpu) {
+        let in_one_piece = self.packed(cpu, false);
+        let expected = self.run(cpu, &in_one_piece, Blocking::new(cpu.isa()));
+        self.check_choices(cpu, &in_one_piece, &expected);
+        if cpu.isa() == Isa::Avx2 {
+            self.check_choices(cpu, &self.packed(cpu, true), &expected);
+        }
+    }
+
+    fn check_choices(&self, cpu: &Cpu, packed: &PackedMatrices, expected: &[u32]) {
         let usual = Blocking::new(cpu.isa());
-        let expected = self.run(cpu, &packed, usual);
         // Slices of a line, and of everything while A comes in parts.
         let slices = Blocking {
             b_bytes: 1 << 10,
@@ -74,13 +87,12 @@ where
                     ..blocking
                 };
                 let what = format!(
-                    "{} {}, {} rows, K {}: {blocking:?}",
+                    "{} {:?}, {} rows: {blocking:?}",
                     cpu.isa(),
-                    T::DTYPE,
+                    packed.layout(),
                     self.rows,
-                    self.k
                 );
-                assert_eq!(self.run(cpu, &packed, blocking), expected, "{what}");
+                assert_eq!(self.run(cpu, packed, blocking), expected, "{what}");
             }
         }
     }

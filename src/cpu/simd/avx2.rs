@@ -36,6 +36,7 @@ impl Simd for Avx2 {
         unsafe { call(op) }
     }
     const TILE_STEP: bool = true;
+    const HALVES: bool = true;
     #[inline(always)]
     unsafe fn tile_step<const M: usize>(
         self,

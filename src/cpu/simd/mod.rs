@@ -71,6 +71,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Whether [`Simd::tile_step`] is there, and better than what the compiler makes of single operations. It needs no registers beyond those that [`Simd::MR`] counts.
     const TILE_STEP: bool = false;
+    /// Whether packed panels may lie in halves: see `halved` of the packed layout. Not where [`Simd::BY_ELEMENT`].
+    const HALVES: bool = false;
 
     /// A step of the matrix tile of at most [`Simd::MR`] rows by hand: `acc[i] = fma(a[16 · i], b, acc[i])` for the two vectors of columns at `b`; of bf16 pairs
     /// `fma(a[16 · i + 1], odd(b), acc[i])`, then `fma(a[16 · i], even(b), acc[i])`.

@@ -212,55 +212,79 @@ impl Word for WordBf16 {
 #[repr(C, align(64))]
 struct Block([f32; LINE * 2 * MAX_LANES]);
 
-/// Memory that is written from front to back.
+/// The memory of a panel, which is written step by step.
 pub(super) struct Filler<'a> {
-    rest: &'a mut [MaybeUninit<u8>],
+    layout: &'a PanelLayout,
+    memory: &'a mut [MaybeUninit<u8>],
+    /// Bytes of the steps written so far.
+    at: usize,
     /// Past the caches.
     stream: bool,
 }
 
 impl<'a> Filler<'a> {
-    pub(super) fn new(memory: &'a mut [MaybeUninit<u8>], stream: bool) -> Self {
+    pub(super) fn new(
+        layout: &'a PanelLayout,
+        memory: &'a mut [MaybeUninit<u8>],
+        stream: bool,
+    ) -> Self {
         Self {
-            rest: memory,
+            layout,
+            memory,
+            at: 0,
             stream,
         }
     }
 
     /// Whether every byte has been written.
     pub(super) fn is_full(&self) -> bool {
-        self.rest.is_empty()
+        self.at == self.memory.len()
     }
 
     /// The next bytes. Panics when there is no room.
     pub(super) fn put(&mut self, bytes: &[u8]) {
-        for (to, &from) in self.advance(bytes.len()).iter_mut().zip(bytes) {
-            to.write(from);
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let to = self.advance(rest.len());
+            let now;
+            (now, rest) = rest.split_at(to.len());
+            for (to, &from) in to.iter_mut().zip(now) {
+                to.write(from);
+            }
         }
     }
 
+    /// The place of the next bytes, as far as they lie together.
     fn advance(&mut self, bytes: usize) -> &mut [MaybeUninit<u8>] {
-        let (now, rest) = core::mem::take(&mut self.rest).split_at_mut(bytes);
-        self.rest = rest;
-        now
+        let (place, room) = self.layout.place(self.at);
+        let bytes = bytes.min(room);
+        self.at += bytes;
+        &mut self.memory[place..place + bytes]
     }
 
     /// The next words. Panics when there is no room.
     #[inline(always)]
     fn put_words<S: Simd>(&mut self, s: S, words: &[f32]) {
         let stream = self.stream;
-        let to = self.advance(size_of_val(words)).as_mut_ptr().cast::<f32>();
-        let vectors = words.chunks_exact(S::LANES);
-        if !stream || !vectors.remainder().is_empty() || to.addr() % (4 * S::LANES) != 0 {
-            // SAFETY: `advance` has made room.
-            return unsafe {
-                to.cast::<u8>()
-                    .copy_from_nonoverlapping(words.as_ptr().cast(), size_of_val(words))
-            };
-        }
-        for (i, vector) in vectors.enumerate() {
-            // SAFETY: as above; vectors are aligned (looked up above); `PackGroups` ends with a fence.
-            unsafe { s.stream(to.add(i * S::LANES), s.load_slice(vector)) };
+        let mut rest = words;
+        while !rest.is_empty() {
+            let to = self.advance(size_of_val(rest));
+            let now;
+            (now, rest) = rest.split_at(to.len() / size_of::<f32>());
+            let to = to.as_mut_ptr().cast::<f32>();
+            let vectors = now.chunks_exact(S::LANES);
+            if !stream || !vectors.remainder().is_empty() || to.addr() % (4 * S::LANES) != 0 {
+                // SAFETY: `advance` has made room.
+                unsafe {
+                    to.cast::<u8>()
+                        .copy_from_nonoverlapping(now.as_ptr().cast(), size_of_val(now))
+                };
+                continue;
+            }
+            for (i, vector) in vectors.enumerate() {
+                // SAFETY: as above; vectors are aligned (looked up above); `PackGroups` ends with a fence.
+                unsafe { s.stream(to.add(i * S::LANES), s.load_slice(vector)) };
+            }
         }
     }
 }
@@ -301,8 +325,9 @@ impl<'a> Packer<'a> {
         out: &mut [MaybeUninit<u8>],
     ) {
         let mut parts = out.chunks_exact_mut(self.layout.panel_bytes());
-        let mut fillers: [Filler<'_>; GROUP] =
-            core::array::from_fn(|_| Filler::new(parts.next().unwrap_or_default(), self.stream));
+        let mut fillers: [Filler<'_>; GROUP] = core::array::from_fn(|_| {
+            Filler::new(self.layout, parts.next().unwrap_or_default(), self.stream)
+        });
         let fillers = &mut fillers[..panels.len()];
         match (self.way, self.layout.dtype) {
             (Way::Any, _) => {

@@ -1,4 +1,4 @@
-//! Every way of packing writes what [`pack_any`] writes.
+//! Every way of packing writes what [`pack_any`] writes, in one piece or in halves.
 
 use super::*;
 use crate::cpu::isa::Isa;
@@ -81,16 +81,44 @@ fn strides(kind: usize, n: usize, k: usize) -> (usize, usize) {
 
 /// The definition, in memory of another's shape.
 fn expected(layout: &PanelLayout, columns: &Columns<'_>) -> Vec<u8> {
+    let in_one_piece = PanelLayout {
+        halved: false,
+        ..*layout
+    };
     let bytes = layout.panels() * layout.panel_bytes();
     let mut out = vec![MaybeUninit::new(0xa5); bytes];
     for (p, part) in out.chunks_exact_mut(layout.panel_bytes()).enumerate() {
-        let mut filler = Filler::new(part, false);
-        pack_any(layout, columns, p, &mut filler);
+        let mut filler = Filler::new(&in_one_piece, part, false);
+        pack_any(&in_one_piece, columns, p, &mut filler);
         assert!(filler.is_full());
     }
     // SAFETY: made of initialised bytes.
-    out.iter()
+    let out: Vec<u8> = out
+        .iter()
         .map(|byte| unsafe { byte.assume_init() })
+        .collect();
+    match layout.halved {
+        true => out
+            .chunks_exact(layout.panel_bytes())
+            .flat_map(|panel| halves(panel, LINE / layout.step() * layout.step_bytes()))
+            .collect(),
+        false => out,
+    }
+}
+
+/// The first halves of a panel's lines, the second halves, the rest.
+fn halves(panel: &[u8], line: usize) -> Vec<u8> {
+    let lines = panel.chunks_exact(line);
+    let half = |which: usize| {
+        let parts = lines
+            .clone()
+            .map(move |l| l.chunks_exact(line / 2).nth(which));
+        parts.flatten().flatten()
+    };
+    half(0)
+        .chain(half(1))
+        .chain(lines.remainder())
+        .copied()
         .collect()
 }
 
@@ -153,14 +181,17 @@ fn check_all(dtypes: [DType; 2], n: usize, k: usize, kinds: [usize; 2], gated: b
         up: data.matrix(source, n, k, strides(kinds[1], n, k)),
     };
     for isa in Isa::available() {
-        let layout = PanelLayout {
-            lanes: crate::cpu::grouped_gemm::lanes(isa),
-            dtype: packed,
-            n,
-            k,
-            gated,
-        };
-        check(isa, &layout, &columns);
+        for halved in [false, true] {
+            let layout = PanelLayout {
+                lanes: crate::cpu::grouped_gemm::lanes(isa),
+                dtype: packed,
+                n,
+                k,
+                gated,
+                halved,
+            };
+            check(isa, &layout, &columns);
+        }
     }
 }
 
