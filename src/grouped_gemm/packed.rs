@@ -61,7 +61,7 @@ impl PackedMatrices {
             n,
             k,
             gated,
-            halved: kernel::halves_panels(cpu.isa()),
+            halved: kernel::halves_panels(cpu.isa(), dtype),
         };
         let bytes = layout.matrix_bytes().ok_or(Error::Overflow {
             what: "packed matrix bytes",

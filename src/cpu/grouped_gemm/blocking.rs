@@ -6,6 +6,7 @@ use super::plan::MC;
 use crate::cpu::caches::caches;
 use crate::cpu::isa::Isa;
 use crate::cpu::simd::model::{Model, model};
+use crate::element::DType;
 
 /// Most columns of a block of sums C while A has to be packed in several parts: C is 96 × 512 × 4 B = 192 KiB at the most, and packing a line of A costs
 /// the time of some two FMA for each of its 512 · 16.
@@ -19,29 +20,22 @@ pub(super) const HEAD_BYTES: usize = 4096;
 /// four steps 3%. On Emerald Rapids, where [`Streaming`] is into L2: without it T = 64 takes 31% (f32) and 37% (bf16) longer.
 const AHEAD_BYTES: usize = 8192;
 
-/// The same with [`Streaming::Near`], shared by the panels side by side and by the halves of each.
-const NEAR_BYTES: usize = 4096;
+/// The same with [`Streaming::Near`], shared by the panels side by side.
+const NEAR_BYTES: usize = 2048;
 
 /// Bytes of a slice of B that are worth a fifth of a small L2.
 const SLICE_BYTES: usize = 100 << 10;
-
-const KIB: usize = 1024;
-
-/// Bytes of B that a line of A meets in a panel.
-fn line_bytes<K: MicroKernel>() -> usize {
-    LINE / K::WORDS * K::STEP_BYTES
-}
 
 /// How B is asked for, above all where it is used once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Streaming {
     /// Into L1. On a Zen 5 core T = 64 is 7% slower into L2.
     IntoL1,
-    /// Into L1, near, from panels in halves; by the hardware where that leaves enough loads under way ([`Streaming::asks`]). A loop on a Zen 3 core reads 27 to 30 GB/s by two streams
-    /// or more that the hardware finds, 22 to 23 by one, 17 to 21 where it asks for lines a KiB ahead: it follows one stream a page, and its L1 cache has 24 misses under way. So each panel is
-    /// two streams. Against panels in one piece (products of 24 experts in one process by turns, while neighbours left 20 GB/s of 30): f32 with 2, 4, 6, 8, 12 rows 19, 24, 21, 14, 9% faster,
-    /// bf16 with 1 to 6 rows 4 to 24%, f16 with 1 to 6 rows 3 to 11%. Four streams are level for f32, and with the quarters of 128 B that bf16 and f16 would have up to 40% slower with one row; lines of two
-    /// panels in turn 15 to 25% slower with 4 to 6 rows; loads or prefetches that walk through four pages ahead of one stream 0 to 40% slower. Into L2 is level.
+    /// Into L1, near; f32 from panels in halves and by the hardware alone. A loop on a Zen 3 core reads 27 to 30 GB/s by two streams or more that the hardware finds, 22 to 23 by one, 17 to 21 where it
+    /// asks for lines a KiB ahead: its L1 cache has 24 misses under way. So a panel of f32 is two streams. Against panels in one piece (products of 24 experts by turns in one process,
+    /// while neighbours left 20 GB/s of 30) f32 with 2, 4, 6, 8, 12 rows was 19, 24, 21, 14, 9% faster, with one row level; asking besides loses 10 to 25%. Four streams are level; lines of two
+    /// panels in turn were 15 to 25% slower with 4 to 6 rows; loads or prefetches that walk through four pages ahead of one stream 0 to 40% slower. bf16 and f16 in halves, which are
+    /// of 256 B, gain 3 to 25% with 4 rows and lose 3 to 13% with one, which decoding has: they stay in one piece, and 2 KiB ahead are 0 to 8% better than 8 KiB. Into L2 is level.
     Near,
     /// Into L2. On an Emerald Rapids core 7% (T = 64, f32), 2% (T = 64, bf16) and 4% (T = 8, f32) faster than into L1, whose sixteen misses under way the loads want, too;
     /// with 24 to 32 rows of an expert, where slices are shared, 2 to 6%, with 64 rows 0 to 1%.
@@ -71,11 +65,9 @@ impl Streaming {
     }
 
     /// Whether tiles ask for the B that they use once.
-    pub(super) fn asks<K: MicroKernel>(self, rows: usize) -> bool {
+    pub(super) fn asks(self, rows: usize) -> bool {
         match self {
             Self::ByHardwareUpTo(most) => rows > most,
-            // With half a KiB a turn (f32) the hardware finds both halves: asking takes 10 to 25% longer. With half of that (bf16, f16) it does not: not asking takes 5 to 30% longer.
-            Self::Near => rows > K::MR || line_bytes::<K>() < KIB,
             _ => true,
         }
     }
@@ -103,8 +95,8 @@ impl Streaming {
 }
 
 /// Whether panels are packed in halves: [`PanelLayout::halved`](super::packing::PanelLayout::halved).
-pub(crate) fn halves_panels(isa: Isa) -> bool {
-    isa == Isa::Avx2 && Streaming::new(isa) == Streaming::Near
+pub(crate) fn halves_panels(isa: Isa, dtype: DType) -> bool {
+    isa == Isa::Avx2 && dtype == DType::F32 && Streaming::new(isa) == Streaming::Near
 }
 
 /// What the caches and the kind of this machine want.
@@ -138,7 +130,6 @@ impl Blocking {
 /// For one tile, which reads B as a stream: what lies [`Streaming::ahead`] in it, and in its last part what comes after it.
 pub(super) fn stream_ahead<K: MicroKernel>(
     streaming: Streaming,
-    apart: Option<usize>,
     b: *const u8,
     steps: usize,
     after: *const u8,
@@ -146,13 +137,12 @@ pub(super) fn stream_ahead<K: MicroKernel>(
 ) -> Prefetch {
     let line_steps = LINE / K::WORDS;
     let ahead = (streaming.ahead() / width / K::STEP_BYTES).next_multiple_of(line_steps);
-    let pieces = if apart.is_some() { 2 } else { 1 };
     Prefetch {
-        from: b.wrapping_add(ahead * K::STEP_BYTES / pieces),
+        from: b.wrapping_add(ahead * K::STEP_BYTES),
         pace: streaming.pace(),
         lines: 0,
         turn: steps.saturating_sub(ahead).next_multiple_of(line_steps),
         then: after,
-        gaps: Gaps::new(apart, K::GROUP * K::STEP_BYTES),
+        gaps: Gaps::NONE,
     }
 }

@@ -230,10 +230,12 @@ impl Task<'_> {
                 }
             };
             let streaming = self.blocking.streaming;
-            let mut prefetch = if !streaming.asks::<K>(m) {
+            // Two streams of B used once are the hardware's to find (`Streaming::Near`).
+            let found = tile_count == 1 && apart.is_some();
+            let mut prefetch = if found || !streaming.asks(m) {
                 Prefetch::NONE
             } else if tile_count == 1 {
-                stream_ahead::<K>(streaming, apart, at(panel, from), now, after, width)
+                stream_ahead::<K>(streaming, at(panel, from), now, after, width)
             } else {
                 let last = from + now == steps.end && matches!(then, Next::Run);
                 let bytes = if last {
