@@ -17,6 +17,11 @@
 //! What lost, on one Zen 5 core at T = 4096, H = 2048, K = 8, of the read bandwidth: row after row through a buffer of y 53%, although asked for ahead; slices instead of pointers, looked up
 //! for each block, 69% (the bookkeeping fills the window in which loads are seen early); f32 in blocks of 4, 8, 16 vectors 78%, 80%, 85%, and bf16 79%, 76%, 72%, since
 //! rounding comes in bursts; rounding a block between the rows of the next one 73%; asking for lines with the hints for the second level 81%.
+//!
+//! Zen 3's own prefetchers are better than point 2 from four slots on. One core, T = 4096, H = 2048, GB/s asked for and not, by turns in one process (f32): K = 8 7.3 and 10.1, 6 8.6
+//! and 11.6, 4 10.5 and 11.2, 16 (H = 2880) 6.8 and 7.4; but K = 1 7.6 and 7.3, K = 2 (H = 4096) 10.5 and 9.7, there bf16 11.0 and 8.4.
+//! What lost there, of the read bandwidth: y that begins amid a line past the caches from its first whole line on, by turns K = 2 in bf16 57% to 52%, K = 8 in bf16 63% to 56%, in f32 76% to 81%;
+//! f32 in blocks of 2 and 4 vectors instead of 8, within the noise.
 #![allow(unsafe_code)] // disjoint writes to one output from several threads
 
 use super::Cpu;
@@ -24,6 +29,7 @@ use super::caches::caches;
 use super::out_rows::OutRows;
 use super::parallel::{TaskCounter, for_each_worker};
 use super::simd::math::{self, REDUCTION_LANES};
+use super::simd::model::{Model, model};
 use super::simd::{MAX_LANES, Op, Simd, dispatch};
 use crate::combine::{Combine, Identity, Routed, Shared};
 use crate::element::DType;
@@ -46,6 +52,9 @@ const TOKENS: usize = 16;
 
 /// The most slots of a token for which blocks are short.
 const FEW_SLOTS: usize = 4;
+
+/// The fewest slots of a token for which Zen 3's own prefetchers do better than ours.
+const UNASKED_SLOTS: usize = 4;
 
 /// Columns of a block of `V` vectors.
 const fn block_len<S: Simd, const V: usize>() -> usize {
@@ -144,20 +153,23 @@ impl<'a> Rows<'a> {
         Some(rows)
     }
 
-    /// Σ weight · row for the whole block at `col`; asks for what comes [`AHEAD`] columns later, in these rows or at the beginning of the `next` ones.
+    /// Σ weight · row for the whole block at `col`; with `next`, asks for what comes [`AHEAD`] columns later, in these rows or at the beginning of the
+    /// next ones.
     #[inline(always)]
-    fn chain<S: Simd, const V: usize>(&self, s: S, next: &Self, col: usize) -> [S::F; V] {
+    fn chain<S: Simd, const V: usize>(&self, s: S, next: Option<&Self>, col: usize) -> [S::F; V] {
         assert!(col + block_len::<S, V>() <= self.columns);
         let then = col + AHEAD;
-        let (ahead, then) = match then < self.columns {
-            true => (self, then),
-            false => (next, then - self.columns),
+        let (ahead, then) = match next {
+            Some(next) if then >= self.columns => (next, then - self.columns),
+            _ => (self, then),
         };
         let mut acc = [s.splat(0.0); V];
         for (&(weight, row), &(_, ahead)) in self.rows[..self.count].iter().zip(&ahead.rows) {
-            // Beyond the end of a row is as good a guess as any.
-            for line in (0..block_len::<S, V>()).step_by(LINE) {
-                s.prefetch(ahead.wrapping_add(then + line).cast());
+            if next.is_some() {
+                // Beyond the end of a row is as good a guess as any.
+                for line in (0..block_len::<S, V>()).step_by(LINE) {
+                    s.prefetch(ahead.wrapping_add(then + line).cast());
+                }
             }
             let weight = s.splat(weight);
             for (i, acc) in acc.iter_mut().enumerate() {
@@ -222,13 +234,15 @@ impl CombineTokens<'_> {
     #[inline(always)]
     fn run_blocks<S: Simd, const V: usize>(&self, s: S) {
         let chain_only = self.chain_only();
+        let asks = self.asks();
         let mut next = Rows::new(&self.operands.routed, self.tokens.start);
         for t in self.tokens.clone() {
             let rows = next;
             if t + 1 < self.tokens.end {
                 next = Rows::new(&self.operands.routed, t + 1);
             }
-            let rows = rows.as_ref().zip(next.as_ref());
+            let asked = next.as_ref().filter(|_| asks);
+            let rows = rows.as_ref().map(|rows| (rows, asked));
             let denominator = self.denominator::<S, V>(s, t, rows);
             for col in (0..self.hidden).step_by(block_len::<S, V>()) {
                 let n = block_len::<S, V>().min(self.hidden - col);
@@ -255,6 +269,12 @@ impl CombineTokens<'_> {
         }
     }
 
+    /// Whether rows are asked for ahead of their use.
+    fn asks(&self) -> bool {
+        let unasked = |slots| slots >= UNASKED_SLOTS && model() == Model::Zen3;
+        !matches!(self.operands.routed, Routed::Pairs { slots, .. } if unasked(slots))
+    }
+
     /// Whether nothing follows the sum.
     fn chain_only(&self) -> bool {
         let c = self.operands;
@@ -271,7 +291,7 @@ impl CombineTokens<'_> {
         &self,
         s: S,
         Place { t, col, n }: Place,
-        rows: Option<(&Rows<'_>, &Rows<'_>)>,
+        rows: Option<(&Rows<'_>, Option<&Rows<'_>>)>,
     ) -> [f32; MAX_BLOCK] {
         if let Some((rows, next)) = rows
             && n == block_len::<S, V>()
@@ -339,7 +359,7 @@ impl CombineTokens<'_> {
         &self,
         s: S,
         t: usize,
-        rows: Option<(&Rows<'_>, &Rows<'_>)>,
+        rows: Option<(&Rows<'_>, Option<&Rows<'_>>)>,
     ) -> Option<S::F> {
         let norm = self.operands.norm?;
         let mut squares = math::Lanes32::new(s, 0.0);

@@ -1,10 +1,11 @@
-//! Packing at the speed of memory, where source and panels have one format and the source's rows or its columns are contiguous.
+//! Packing at the speed of memory, where source and panels have one format, or f32 and bf16, and the source's rows or its columns are contiguous.
 //!
 //! The easy version is [`pack_any`]. What this file makes of it:
 //!
-//! 1. Elements are moved and never converted, in blocks of one cache line ([`LINE`] words) of each of the panel's NR columns. A row-major source
-//!    (`[N, K]`) is transposed in registers, by words of 32 bits: an f32, a pair of bf16, which is what a panel of bf16 holds, or a pair of f16 that is
-//!    taken apart afterwards. From contiguous columns (`[K, N]`) they are copied.
+//! 1. Elements are moved in blocks of one cache line ([`LINE`] words) of each of the panel's NR columns. A row-major source (`[N, K]`) is transposed in
+//!    registers, by words of 32 bits: an f32, a pair of bf16, which is what a panel of bf16 holds, or a pair of f16 that is taken apart afterwards. From
+//!    contiguous columns (`[K, N]`) they are copied. Only f32 for panels of bf16 are converted, in registers and after the transposition, where the two of
+//!    a pair lie in the same lane.
 //! 2. A block is put together in L1 and leaves in one piece, in whole lines, which can go past the caches.
 //! 3. Each line of the source is asked for ahead of its use and then read once.
 
@@ -45,7 +46,7 @@ impl Source {
             return Self::NONE;
         };
         let (data, row_stride, col_stride) = matrix.as_raw();
-        let size = layout.dtype.size();
+        let size = matrix.dtype().size();
         Self {
             data: data.wrapping_add(row * row_stride * size),
             column_stride: row_stride * size,
@@ -59,17 +60,17 @@ impl Source {
             .wrapping_add(c * self.column_stride + k * self.k_stride)
     }
 
-    /// The elements `ks` of the columns that there are, in rows of a line each and with zeros around them.
+    /// The elements `ks` of the columns that there are, in rows of two lines each and with zeros around them.
     ///
     /// # Safety
-    /// The elements are inside the matrix, `size` bytes each, and fit a line.
+    /// The elements are inside the matrix, `size` bytes each, and fit two lines.
     unsafe fn staged(
         &self,
         ks: Range<usize>,
         size: usize,
-        stage: &mut [[f32; LINE]; MAX_LANES],
+        stage: &mut [[f32; 2 * LINE]; MAX_LANES],
     ) -> Self {
-        *stage = [[0.0; LINE]; MAX_LANES];
+        *stage = [[0.0; 2 * LINE]; MAX_LANES];
         for (c, line) in stage.iter_mut().enumerate().take(self.valid) {
             let line = bytemuck::bytes_of_mut(line).chunks_exact_mut(size);
             for (k, to) in ks.clone().zip(line) {
@@ -99,13 +100,17 @@ enum Way {
 
 impl Way {
     fn of(layout: &PanelLayout, columns: &Columns<'_>) -> Self {
+        let source = columns.up.dtype();
+        if source != layout.dtype && !narrows(source, layout) {
+            return Self::Any;
+        }
         let each = |is: &dyn Fn(usize, usize) -> bool| {
             [columns.gate, Some(columns.up)]
                 .into_iter()
                 .flatten()
                 .all(|matrix| {
                     let (_, row_stride, col_stride) = matrix.as_raw();
-                    matrix.dtype() == layout.dtype && is(row_stride, col_stride)
+                    matrix.dtype() == source && is(row_stride, col_stride)
                 })
         };
         if each(&|_, col_stride| col_stride == 1 || layout.k == 1) {
@@ -118,10 +123,24 @@ impl Way {
     }
 }
 
+/// Whether elements are converted as they are moved.
+fn narrows(source: DType, layout: &PanelLayout) -> bool {
+    (source, layout.dtype) == (DType::F32, DType::BF16)
+}
+
 /// How 32-bit words of a panel's format lie in a panel.
 trait Word {
     /// Elements in a word, of one column.
     const ELEMENTS: usize;
+    /// Words of 32 bits that they have in the source.
+    const FLOATS: usize = 1;
+
+    /// Words of LANES columns from the first and the last of [`Word::FLOATS`] words of the source.
+    #[inline(always)]
+    fn join<S: Simd>(s: S, first: S::F, last: S::F) -> S::F {
+        let _ = (s, last);
+        first
+    }
 
     /// Writes the words `w` of LANES columns into a block.
     ///
@@ -139,6 +158,8 @@ trait Word {
 struct WordF32;
 struct WordF16;
 struct WordBf16;
+/// bf16 from f32, to nearest, ties to even.
+struct WordNarrowed;
 
 impl Word for WordF32 {
     const ELEMENTS: usize = 1;
@@ -205,6 +226,33 @@ impl Word for WordBf16 {
     unsafe fn gather<S: Simd>(s: S, from: *const u8, k_stride: usize) -> S::F {
         // SAFETY: the caller's contract.
         unsafe { gather_pairs(s, from, k_stride) }
+    }
+}
+
+impl Word for WordNarrowed {
+    const ELEMENTS: usize = 2;
+    const FLOATS: usize = 2;
+
+    #[inline(always)]
+    fn join<S: Simd>(s: S, even: S::F, odd: S::F) -> S::F {
+        let (even, odd) = (s.to_bf16(even), s.to_bf16(odd));
+        s.from_bits(s.or_i(even, s.shl::<16>(odd)))
+    }
+
+    #[inline(always)]
+    unsafe fn put<S: Simd>(s: S, words: S::F, block: *mut f32, w: usize, half: usize) {
+        // SAFETY: the caller's contract.
+        unsafe { WordBf16::put(s, words, block, w, half) }
+    }
+
+    #[inline(always)]
+    unsafe fn gather<S: Simd>(s: S, from: *const u8, k_stride: usize) -> S::F {
+        // SAFETY: the caller's contract.
+        let (even, odd) = unsafe {
+            let odd = from.wrapping_add(k_stride);
+            (s.load(from.cast()), s.load(odd.cast()))
+        };
+        Self::join(s, even, odd)
     }
 }
 
@@ -337,6 +385,9 @@ impl<'a> Packer<'a> {
             }
             (_, DType::F32) => self.pack_words::<S, WordF32>(s, panels, fillers),
             (_, DType::F16) => self.pack_words::<S, WordF16>(s, panels, fillers),
+            (_, DType::BF16) if narrows(self.columns.up.dtype(), self.layout) => {
+                self.pack_words::<S, WordNarrowed>(s, panels, fillers);
+            }
             (_, DType::BF16) => self.pack_words::<S, WordBf16>(s, panels, fillers),
         }
         assert!(fillers.iter().all(Filler::is_full));
@@ -382,8 +433,9 @@ impl<'a> Packer<'a> {
         // SAFETY: the caller's contract, with whole blocks of LANES columns only; what is staged is whole.
         unsafe {
             if source.valid < S::LANES || ks.len() < LINE * W::ELEMENTS {
-                let mut stage = [[0.0; LINE]; MAX_LANES];
-                let staged = source.staged(ks, size_of::<f32>() / W::ELEMENTS, &mut stage);
+                let mut stage = [[0.0; 2 * LINE]; MAX_LANES];
+                let size = W::FLOATS * size_of::<f32>() / W::ELEMENTS;
+                let staged = source.staged(ks, size, &mut stage);
                 transpose::<S, W>(s, &staged, 0, half, block);
             } else if self.way == Way::Rows {
                 transpose::<S, W>(s, source, ks.start, half, block);
@@ -397,7 +449,7 @@ impl<'a> Packer<'a> {
 /// From rows.
 ///
 /// # Safety
-/// The source has LANES columns of a line from element k on; `block` holds [`LINE`] words of 2 × LANES columns.
+/// The source has LANES columns of [`LINE`] words from element k on; `block` holds [`LINE`] words of 2 × LANES columns.
 #[inline(always)]
 unsafe fn transpose<S: Simd, W: Word>(
     s: S,
@@ -407,18 +459,21 @@ unsafe fn transpose<S: Simd, W: Word>(
     block: *mut f32,
 ) {
     for c in 0..S::LANES {
-        s.prefetch(source.at(c, k).wrapping_add(AHEAD_BYTES));
+        for line in 0..W::FLOATS {
+            s.prefetch(source.at(c, k).wrapping_add(AHEAD_BYTES + line * 64));
+        }
     }
-    for w in (0..LINE).step_by(S::LANES) {
+    for float in (0..LINE * W::FLOATS).step_by(S::LANES) {
         let mut v = [s.splat(0.0); MAX_LANES];
         for (c, v) in v.iter_mut().enumerate().take(S::LANES) {
             // SAFETY: the caller's contract.
-            *v = unsafe { s.load(source.at(c, k + w * W::ELEMENTS).cast()) };
+            *v = unsafe { s.load(source.at(c, k).cast::<f32>().wrapping_add(float)) };
         }
         s.transpose(&mut v);
-        for (i, &words) in v.iter().enumerate().take(S::LANES) {
+        for i in (0..S::LANES).step_by(W::FLOATS) {
+            let words = W::join(s, v[i], v[i + W::FLOATS - 1]);
             // SAFETY: the caller's contract; LANES divides LINE.
-            unsafe { W::put(s, words, block, w + i, half) };
+            unsafe { W::put(s, words, block, (float + i) / W::FLOATS, half) };
         }
     }
 }

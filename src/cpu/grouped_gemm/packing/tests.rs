@@ -198,7 +198,8 @@ fn check_all(dtypes: [DType; 2], n: usize, k: usize, kinds: [usize; 2], gated: b
 /// Whole panels and blocks, and one more or less of either, by every way.
 #[test]
 fn every_way_writes_the_same_bytes() {
-    for dtype in DType::ALL {
+    let narrowed = [DType::F32, DType::BF16];
+    for dtypes in DType::ALL.map(|d| [d; 2]).into_iter().chain([narrowed]) {
         for kind in 0..=6 {
             for (n, k) in [
                 (1, 1),
@@ -210,7 +211,7 @@ fn every_way_writes_the_same_bytes() {
                 (272, 64),
             ] {
                 for gated in [false, true] {
-                    check_all([dtype; 2], n, k, [kind; 2], gated, (n + k) as u64);
+                    check_all(dtypes, n, k, [kind; 2], gated, (n + k) as u64);
                 }
             }
         }
