@@ -75,7 +75,7 @@ pub(super) fn exp_sum<S: Simd>(s: S, n: usize, row: &[Block], max: f32) -> S::F 
 pub(super) fn compute_values<S: Simd>(
     s: S,
     job: &Job<'_>,
-    plan: &Plan<'_>,
+    plan: &Plan,
     rows: Rows<'_>,
     values: &mut [Block],
     room: &mut Room,
