@@ -29,6 +29,7 @@ impl<'a, T: Element> MatRef<'a, T> {
     /// assert_eq!(m.transposed().get(0, 1), Some(4.0));
     /// # Ok::<(), moe_kernels::Error>(())
     /// ```
+    #[inline]
     pub fn new(data: &'a [T], rows: usize, cols: usize) -> Result<Self> {
         Self::with_strides(data, rows, cols, cols, 1)
     }
@@ -37,6 +38,7 @@ impl<'a, T: Element> MatRef<'a, T> {
     ///
     /// # Errors
     /// [`Error::BufferTooSmall`] or [`Error::Overflow`].
+    #[inline]
     pub fn with_strides(
         data: &'a [T],
         rows: usize,
@@ -64,11 +66,13 @@ impl<'a, T: Element> MatRef<'a, T> {
     }
 
     /// Number of rows.
+    #[inline]
     pub fn rows(&self) -> usize {
         self.rows
     }
 
     /// Number of columns.
+    #[inline]
     pub fn cols(&self) -> usize {
         self.cols
     }
@@ -167,6 +171,7 @@ fn widen<T: Element>(src: &[T], out: &mut [f32]) {
 }
 
 /// Elements that a matrix spans from its first to one past its last.
+#[inline]
 pub(crate) fn extent(
     rows: usize,
     cols: usize,
@@ -241,11 +246,13 @@ impl<'a, T: Element> MatMut<'a, T> {
     }
 
     /// Number of rows.
+    #[inline]
     pub fn rows(&self) -> usize {
         self.rows
     }
 
     /// Number of columns.
+    #[inline]
     pub fn cols(&self) -> usize {
         self.cols
     }
@@ -310,11 +317,13 @@ macro_rules! with_matrix {
 
 impl<'a> AnyMatRef<'a> {
     /// Number of rows.
+    #[inline]
     pub fn rows(&self) -> usize {
         with_matrix!(self, m => m.rows())
     }
 
     /// Number of columns.
+    #[inline]
     pub fn cols(&self) -> usize {
         with_matrix!(self, m => m.cols())
     }
@@ -361,6 +370,7 @@ impl<'a> AnyMatRef<'a> {
     }
 
     /// [`Error::Shape`] unless the matrix is `rows × cols`.
+    #[inline]
     pub(crate) fn expect(&self, argument: &'static str, rows: usize, cols: usize) -> Result<()> {
         if (self.rows(), self.cols()) == (rows, cols) {
             Ok(())
@@ -376,11 +386,13 @@ impl<'a> AnyMatRef<'a> {
 
 impl AnyMatMut<'_> {
     /// Number of rows.
+    #[inline]
     pub fn rows(&self) -> usize {
         with_matrix!(self, m => m.rows())
     }
 
     /// Number of columns.
+    #[inline]
     pub fn cols(&self) -> usize {
         with_matrix!(self, m => m.cols())
     }
@@ -404,6 +416,7 @@ impl AnyMatMut<'_> {
     }
 
     /// [`Error::Shape`] unless the matrix is `rows × cols`.
+    #[inline]
     pub(crate) fn expect(&self, argument: &'static str, rows: usize, cols: usize) -> Result<()> {
         if (self.rows(), self.cols()) == (rows, cols) {
             Ok(())
@@ -420,11 +433,13 @@ impl AnyMatMut<'_> {
 macro_rules! any_from {
     ($t:ty, $variant:ident) => {
         impl<'a> From<MatRef<'a, $t>> for AnyMatRef<'a> {
+            #[inline]
             fn from(m: MatRef<'a, $t>) -> Self {
                 Self::$variant(m)
             }
         }
         impl<'a> From<MatMut<'a, $t>> for AnyMatMut<'a> {
+            #[inline]
             fn from(m: MatMut<'a, $t>) -> Self {
                 Self::$variant(m)
             }

@@ -131,6 +131,18 @@ impl Permutation {
         options: &PermuteOptions,
     ) -> Result<()> {
         let local = check_options(ids.len(), num_experts, options)?;
+        self.sort_checked(cpu, ids, num_experts, options, local)
+    }
+
+    /// [`sort`](Self::sort) with the local range that [`check_options`] gave for the same arguments.
+    pub(crate) fn sort_checked(
+        &mut self,
+        cpu: &Cpu,
+        ids: &[i32],
+        num_experts: usize,
+        options: &PermuteOptions,
+        local: Range<usize>,
+    ) -> Result<()> {
         let all_local = local.len() == num_experts;
         if options.block == 1 && all_local && kernel::are_few(ids, num_experts) {
             self.sort_few(ids, num_experts);

@@ -33,6 +33,7 @@ impl Isa {
     }
 
     /// Whether this CPU, in this build, can run it.
+    #[inline]
     pub fn is_available(self) -> bool {
         match self {
             Self::Scalar => true,

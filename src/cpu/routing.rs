@@ -32,6 +32,7 @@ use logits::{load_row, scores};
 use select::{EXCLUDED, GroupRoom, Keys, best_key, keys, limit_groups, top_k};
 
 pub(crate) use across::Across;
+pub(crate) use batch::Plan;
 pub(crate) use logits::Block;
 
 /// Fewer logits than this are not worth another thread: some 10 µs of work.
@@ -41,6 +42,8 @@ const LOGITS_PER_THREAD: usize = 8192;
 #[derive(Clone, Copy)]
 pub(crate) struct Job<'a> {
     pub config: &'a RouterConfig,
+    /// None where the careful path has to do it.
+    pub plan: Option<&'a Plan>,
     /// Blocks of the correction bias, zeros beyond its end; empty for none.
     pub bias: &'a [Block],
     /// `[E]`, or empty.
@@ -223,17 +226,19 @@ pub(crate) fn route(
     workers: &mut [Worker],
     across: &mut Across,
 ) {
-    split_tokens(workers, 0, out.reborrow(), &|worker, first, out| {
-        dispatch(
-            cpu.isa(),
-            RouteTokens {
-                job,
-                worker,
-                first,
-                out,
-            },
-        );
-    });
+    let tokens = |worker: &mut Worker, first, out: Out<'_>| {
+        let op = RouteTokens {
+            job,
+            worker,
+            first,
+            out,
+        };
+        dispatch(cpu.isa(), op);
+    };
+    match workers {
+        [worker] => tokens(worker, 0, out.reborrow()),
+        _ => split_tokens(workers, 0, out.reborrow(), &tokens),
+    }
     match job.config.selection {
         Selection::ExpertChoice { per_expert } => {
             across::expert_choice(job, per_expert, out, workers, across)
@@ -283,14 +288,17 @@ impl Op for RouteTokens<'_, '_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let (job, tokens) = (self.job, self.out.tokens);
-        let plan = batch::Plan::new(job);
-        let step = plan.map_or(1, |_| batch::batch_len(job.config));
-        for first in (0..tokens).step_by(step) {
+        let step = job.plan.map_or(1, |plan| plan.batch);
+        let mut first = 0;
+        // Not `step_by`, which divides.
+        while first < tokens {
             let mut out = self.out.range(first, step.min(tokens - first), job.config);
             let t = self.first + first;
-            let way = plan
-                .as_ref()
-                .map_or(Way::Careful, |plan| plan.way(job.config, out.tokens));
+            first += out.tokens;
+            let way = match job.plan {
+                Some(plan) => plan.way(job.config, out.tokens),
+                None => Way::Careful,
+            };
             if let Way::Batch(plan) = way {
                 let (worker, out) = (&mut *self.worker, out.reborrow());
                 s.outline(RouteBatch {

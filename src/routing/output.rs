@@ -125,9 +125,20 @@ impl Routing {
         Ok(())
     }
 
-    pub(super) fn sort(&mut self, cpu: &Cpu, options: PermuteOptions) -> Result<()> {
+    fn sort(&mut self, cpu: &Cpu, options: PermuteOptions) -> Result<()> {
+        let local = check_options(self.ids.len(), self.num_experts, &options)?;
+        self.sort_checked(cpu, options, local)
+    }
+
+    /// Sorts the pairs, with the local range that [`check_options`] gave for these options.
+    pub(super) fn sort_checked(
+        &mut self,
+        cpu: &Cpu,
+        options: PermuteOptions,
+        local: Range<usize>,
+    ) -> Result<()> {
         self.permutation
-            .sort(cpu, &self.ids, self.num_experts, &options)?;
+            .sort_checked(cpu, &self.ids, self.num_experts, &options, local)?;
         self.sorted_for = options;
         Ok(())
     }
@@ -182,7 +193,7 @@ impl Routing {
             num_null: given.null_experts.count(),
             ..PermuteOptions::default()
         };
-        check_options(given.ids.len(), given.num_experts, &options)?;
+        let local = check_options(given.ids.len(), given.num_experts, &options)?;
         self.fitted = None;
         self.tokens = tokens;
         self.slots = slots;
@@ -198,7 +209,7 @@ impl Routing {
                 *w = 0.0;
             }
         }
-        self.sort(cpu, options)
+        self.sort_checked(cpu, options, local)
     }
 
     /// What [`Router::route`] must know before it writes: given ids in range.

@@ -284,7 +284,7 @@ pub(crate) trait MicroKernel: Copy {
     /// C (+)= A · B for `rows` rows and `panels` panels.
     ///
     /// # Safety
-    /// The pointers of `args` are valid for the sizes stated there; `1 ≤ rows ≤ MR`; `panels` is 1 or `panels_at_once(rows)`.
+    /// The pointers of `args` are valid for the sizes stated there; `1 ≤ rows ≤ MR`; `panels` is `panels_at_once(rows)`, 1, or 2 where four could be at once.
     unsafe fn run(self, rows: usize, panels: usize, args: TileArgs);
 }
 

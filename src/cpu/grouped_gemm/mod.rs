@@ -88,10 +88,12 @@ struct Product<'a> {
 }
 
 impl<'a> Product<'a> {
+    /// A product that so many workers share.
+    ///
     /// # Safety
     /// `out` and the rows of `source` stay valid, and nobody else touches them, until the product has run; what the door checks holds.
     unsafe fn new(
-        cpu: &Cpu,
+        workers: usize,
         source: RowSource<'a>,
         weights: &'a PackedMatrices,
         groups: Groups<'a>,
@@ -100,7 +102,7 @@ impl<'a> Product<'a> {
     ) -> Self {
         Self {
             source: source.flushed(weights.dtype() == DType::BF16),
-            units: Units::new(&groups, weights.layout().panels(), cpu.threads()),
+            units: Units::new(&groups, weights.layout().panels(), workers),
             weights,
             groups,
             activation,
@@ -109,6 +111,22 @@ impl<'a> Product<'a> {
                 && out.can_stream()
                 && groups.total_rows() * weights.n() * size_of::<f32>() > caches().l3 / 2,
         }
+    }
+}
+
+/// Multiply-adds that are worth a worker: some 5 µs. A layer on Zen 3 cores (f32, T = 1, K = 2, weights in the caches) with one worker and with two: H = I = 128 (98 thousand) 7.6 and 8.3 µs,
+/// H = 256, I = 128 (twice as many) 14.6 and 13.1. In builds with assertions all work is shared, so that small tests meet several workers.
+const WORTH_A_WORKER: usize = if cfg!(debug_assertions) { 1 } else { 1 << 16 };
+
+/// Workers for the products of these rows with these weights.
+fn workers(cpu: &Cpu, rows: usize, weights: &[&PackedMatrices]) -> usize {
+    let of_row: usize = (weights.iter())
+        .map(|w| w.n() * w.k() * if w.is_gated() { 2 } else { 1 })
+        .sum();
+    match rows.saturating_mul(of_row) / WORTH_A_WORKER {
+        // The pool need not be asked.
+        0 | 1 => 1,
+        useful => cpu.threads().min(useful),
     }
 }
 
@@ -123,9 +141,10 @@ pub(crate) fn run(
     scratch: &mut [u8],
 ) {
     let out = OutRows::new(&mut out);
+    let workers = workers(cpu, groups.total_rows(), &[weights]);
     // SAFETY: `out` and what `source` borrows live until the end of this function.
-    let product = unsafe { Product::new(cpu, source, weights, groups, activation, out) };
-    run_all(cpu, Blocking::new(cpu.isa()), &[product], scratch);
+    let product = unsafe { Product::new(workers, source, weights, groups, activation, out) };
+    run_all(cpu, workers, Blocking::new(cpu.isa()), &[product], scratch);
 }
 
 /// Runs the two checked products of the experts, `h = act(A · W_upᵀ)` and `ys = h · W_downᵀ`, in one parallel region.
@@ -141,29 +160,36 @@ pub(crate) fn run_experts(
 ) {
     let (h_rows, ys_rows) = (OutRows::new(&mut h), OutRows::new(&mut ys));
     let h_source = RowSource::written(h_rows, up.n());
+    let workers = workers(cpu, groups.total_rows(), &[up, down]);
     // SAFETY: h, ys and what `source` borrows live until the end of this function; h is read only after the first product (`run_all`).
     let products = unsafe {
         [
-            Product::new(cpu, source, up, groups, Some(activation), h_rows),
-            Product::new(cpu, h_source, down, groups, None, ys_rows),
+            Product::new(workers, source, up, groups, Some(activation), h_rows),
+            Product::new(workers, h_source, down, groups, None, ys_rows),
         ]
     };
-    run_all(cpu, Blocking::new(cpu.isa()), &products, scratch);
+    run_all(cpu, workers, Blocking::new(cpu.isa()), &products, scratch);
 }
 
-/// Runs products one after another in one parallel region; each may read what an earlier one writes.
-fn run_all(cpu: &Cpu, blocking: Blocking, products: &[Product<'_>], scratch: &mut [u8]) {
+/// Runs products one after another in one parallel region of at most `workers`; each may read what an earlier one writes.
+fn run_all(
+    cpu: &Cpu,
+    workers: usize,
+    blocking: Blocking,
+    products: &[Product<'_>],
+    scratch: &mut [u8],
+) {
     let worker_floats = blocking.worker_floats();
     let skip = scratch.as_ptr().align_offset(64);
     let floats: &mut [f32] = {
-        let len = cpu.threads() * worker_floats * size_of::<f32>();
+        let len = workers * worker_floats * size_of::<f32>();
         bytemuck::cast_slice_mut(&mut scratch[skip..skip + len])
     };
     let scratch = SharedSlice::new(floats);
     let most = products.iter().map(|p| p.units.total()).max();
-    for_each_worker(cpu.threads().min(most.unwrap_or(0)), &|worker| {
+    for_each_worker(workers.min(most.unwrap_or(0)), &|worker| {
         for (i, product) in products.iter().enumerate() {
-            // SAFETY: each worker below `threads` runs once and has a part of its own.
+            // SAFETY: each worker below `workers` runs once and has a part of its own.
             let scratch =
                 unsafe { scratch.range(worker * worker_floats..(worker + 1) * worker_floats) };
             dispatch(

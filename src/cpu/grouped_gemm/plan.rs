@@ -20,7 +20,8 @@ const SHORTEST: usize = 2;
 pub(super) struct Units {
     panels: usize,
     total: usize,
-    workers: usize,
+    /// A run is what is left, divided by this.
+    parts: usize,
     next: AtomicUsize,
     done: AtomicUsize,
 }
@@ -33,7 +34,8 @@ impl Units {
         Self {
             panels,
             total: blocks * panels,
-            workers,
+            // Nobody waits for the end of a worker who is alone.
+            parts: if workers == 1 { 1 } else { SHARE * workers },
             next: AtomicUsize::new(0),
             done: AtomicUsize::new(0),
         }
@@ -47,7 +49,7 @@ impl Units {
     fn take(&self) -> Option<Range<usize>> {
         let length = |next: usize| {
             let left = self.total - next;
-            (left / (SHARE * self.workers)).max(SHORTEST).min(left)
+            (left / self.parts).max(SHORTEST).min(left)
         };
         // Relaxed: the counter publishes nothing; `finish` and rayon's join order the outputs.
         let first = self
@@ -90,6 +92,7 @@ pub(super) struct Run {
 }
 
 /// One worker's runs, in ascending order.
+#[derive(Clone)]
 pub(super) struct Runs<'a> {
     units: &'a Units,
     groups: Groups<'a>,
@@ -156,7 +159,7 @@ fn blocks_of(rows: usize) -> usize {
 mod tests {
     use super::*;
 
-    /// Two workers that take turns see every panel of every row once, in order, inside one expert at a time.
+    /// Workers that take turns see every panel of every row once, in order, inside one expert at a time.
     #[test]
     fn runs_cover_each_panel_of_each_row_once() {
         let counts = [0, 1, MC, MC + 1, 0, 3 * MC - 1, 2, 0];
@@ -169,12 +172,12 @@ mod tests {
             offsets: &offsets,
             counts: &counts,
         };
-        for panels in [1, 2, 7, 48] {
-            let units = Units::new(&groups, panels, 2);
-            let mut workers = [Runs::new(&units, groups), Runs::new(&units, groups)];
+        for (panels, count) in [(1, 2), (2, 2), (7, 2), (48, 2), (7, 1)] {
+            let units = Units::new(&groups, panels, count);
+            let mut workers = vec![Runs::new(&units, groups); count];
             let mut seen = vec![0; offsets.last().unwrap() * panels];
             for turn in 0.. {
-                let Some(run) = workers[turn % 2].next() else {
+                let Some(run) = workers[turn % count].next() else {
                     break;
                 };
                 assert!(run.rows.len() <= MC && !run.rows.is_empty());

@@ -146,10 +146,11 @@ impl Task<'_> {
         };
         let mut panel = panels.start;
         while panel < panels.end {
-            let width = if panel + at_once <= panels.end {
-                at_once
-            } else {
-                1
+            let width = match panels.end - panel {
+                left if left >= at_once => at_once,
+                // A single row has tiles of two panels, too: twice the chains of one.
+                2.. if at_once > 2 => 2,
+                _ => 1,
             };
             let waiting = if all { 0 } else { panel - panels.start };
             let c = &mut c[waiting * block_floats..][..width * block_floats];

@@ -40,9 +40,10 @@ where
             expert: 0,
         };
         let (source, out_rows) = (RowSource::new(x.into()), OutRows::new(&mut view));
+        let workers = cpu.threads();
         // SAFETY: x and `out` live until the product has run.
-        let product = unsafe { Product::new(cpu, source, packed, groups, None, out_rows) };
-        run_all(cpu, blocking, &[product], &mut scratch);
+        let product = unsafe { Product::new(workers, source, packed, groups, None, out_rows) };
+        run_all(cpu, workers, blocking, &[product], &mut scratch);
         out.iter().map(|v| v.to_bits()).collect()
     }
 

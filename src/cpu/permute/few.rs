@@ -23,22 +23,18 @@ pub(crate) fn sort_few(
     pair_of_row: &mut [u32],
     row_of_pair: &mut [u32],
 ) {
-    // All different, in the order of a stable sort.
-    let mut keys = [i32::MAX; FEW];
-    for ((key, &id), pair) in keys.iter_mut().zip(ids).zip(0..) {
-        *key = id * FEW as i32 + pair;
-    }
+    // Loops of fixed length, in vectors.
+    let rows = match ids.len() {
+        ..=4 => &rows_of::<4>(ids)[..],
+        5..=8 => &rows_of::<8>(ids),
+        _ => &rows_of::<FEW>(ids),
+    };
     let mut sorted = [0; FEW];
     counts.fill(0);
-    for ((pair, &id), row_of) in ids.iter().enumerate().zip(row_of_pair) {
-        // The unused places are never before a pair: a loop of fixed length, in vectors.
-        let before: u32 = keys
-            .iter()
-            .map(|&other| u32::from(other < keys[pair]))
-            .sum();
-        *row_of = before;
-        pair_of_row[before as usize] = pair as u32;
-        sorted[before as usize] = id as usize;
+    for ((pair, &id), (&row, row_of)) in ids.iter().enumerate().zip(rows.iter().zip(row_of_pair)) {
+        *row_of = row;
+        pair_of_row[row as usize] = pair as u32;
+        sorted[row as usize] = id as usize;
         counts[id as usize] += 1;
     }
     let mut next = 0;
@@ -48,4 +44,21 @@ pub(crate) fn sort_few(
         next = id + 1;
     }
     offsets[next..].fill(ids.len());
+}
+
+/// The pairs before each pair, counted; at most N pairs.
+#[inline(always)]
+fn rows_of<const N: usize>(ids: &[i32]) -> [u32; N] {
+    // All different, in the order of a stable sort; the unused places are never before a pair.
+    let mut keys = [i32::MAX; N];
+    for ((key, &id), pair) in keys.iter_mut().zip(ids).zip(0..) {
+        *key = id * FEW as i32 + pair;
+    }
+    let mut rows = [0; N];
+    for &other in &keys {
+        for (row, &key) in rows.iter_mut().zip(&keys) {
+            *row += u32::from(other < key);
+        }
+    }
+    rows
 }

@@ -5,7 +5,9 @@
 
 use super::Job;
 use crate::cpu::simd::Simd;
-use crate::cpu::simd::math::{Lanes32, REDUCTION_LANES, exp, sigmoid, softplus, tanh};
+use crate::cpu::simd::math::{
+    Lanes32, REDUCTION_LANES, exp, sigmoid, softplus, softplus_exp, softplus_of, tanh,
+};
 use crate::cpu::simd::random::fill_normal;
 use crate::routing::Score;
 
@@ -104,8 +106,21 @@ pub(super) fn scores<S: Simd>(s: S, score: Score, z: &[Block], out: &mut [Block]
             map_vectors!(s: S, out, x => elementwise(s, Score::Sigmoid, x));
         }
         Score::SqrtSoftplus => {
-            out.copy_from_slice(z);
-            map_vectors!(s: S, out, x => elementwise(s, Score::SqrtSoftplus, x));
+            softplus_exps(s, z, out);
+            for (z, out) in z.iter().zip(out) {
+                for i in (0..REDUCTION_LANES).step_by(S::LANES) {
+                    let (x, e) = (s.load_slice(&z[i..]), s.load_slice(&out[i..]));
+                    s.store_slice(&mut out[i..], s.sqrt(softplus_of(s, x, e)));
+                }
+            }
         }
     }
+}
+
+/// The first half of [`Score::SqrtSoftplus`] for a row, the exponentials; the second is √[`softplus_of`]. In one pass a vector is a chain of some 140 cycles, of which a Zen 3 core
+/// sees four or five at a time. With bias, ns a token, one pass and two: E = 256 T = 64 671 and 562, T = 4096 661 and 567; E = 512 T = 64 1121 and 936.
+#[inline(always)]
+pub(super) fn softplus_exps<S: Simd>(s: S, z: &[Block], out: &mut [Block]) {
+    out.copy_from_slice(z);
+    map_vectors!(s: S, out, x => softplus_exp(s, x));
 }

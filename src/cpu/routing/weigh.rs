@@ -110,6 +110,7 @@ fn joint_sigmoid<S: Simd>(s: S, weights: &mut [f32], shared: &mut [f32]) {
 /// Renormalises and scales one token's weights: `w / divisor · scale · per-expert scale`, in this order.
 ///
 /// A dropped choice, and a null expert of kind [`NullExperts::Zero`], weighs 0. NaN is written with one pattern of bits.
+#[inline]
 pub(super) fn finish(job: &Job<'_>, ids: &[i32], weights: &mut [f32], shared: &mut [f32]) {
     let config = job.config;
     let divisor = divisor(config.renorm, weights);
@@ -135,11 +136,13 @@ pub(super) fn finish(job: &Job<'_>, ids: &[i32], weights: &mut [f32], shared: &m
     }
 }
 
+#[inline]
 fn one_nan(x: f32) -> f32 {
     if x.is_nan() { f32::NAN } else { x }
 }
 
 /// What the weights of one token are divided by. Sums run in slot order, from +0.0.
+#[inline]
 fn divisor(renorm: Renorm, weights: &[f32]) -> f32 {
     let sum = || weights.iter().fold(0.0, |sum, w| sum + w);
     match renorm {

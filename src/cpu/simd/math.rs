@@ -175,7 +175,18 @@ fn log1p_unit<S: Simd>(s: S, x: S::F) -> S::F {
 /// ln(1 + eˣ), computed as `max(x, 0) + log1p(exp(−|x|))`; error ≤ 2 ulp.
 #[inline(always)]
 pub(crate) fn softplus<S: Simd>(s: S, x: S::F) -> S::F {
-    let e = exp_low(s, s.neg(s.abs(x)));
+    softplus_of(s, x, softplus_exp(s, x))
+}
+
+/// The first half of [`softplus`]: exp(−|x|).
+#[inline(always)]
+pub(crate) fn softplus_exp<S: Simd>(s: S, x: S::F) -> S::F {
+    exp_low(s, s.neg(s.abs(x)))
+}
+
+/// The second half: [`softplus`] of x with its exp(−|x|).
+#[inline(always)]
+pub(crate) fn softplus_of<S: Simd>(s: S, x: S::F, e: S::F) -> S::F {
     s.add(s.max(x, s.splat(0.0)), log1p_unit(s, e))
 }
 

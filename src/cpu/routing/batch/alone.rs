@@ -20,7 +20,7 @@ type Row = [f32; SLOTS];
 /// Token `t`, to which `out` belongs.
 pub(in crate::cpu::routing) struct RouteAlone<'a, 'o> {
     pub job: &'a Job<'a>,
-    pub plan: &'a Plan<'a>,
+    pub plan: &'a Plan,
     pub worker: &'a mut Worker,
     pub t: usize,
     pub out: Out<'o>,
@@ -31,19 +31,19 @@ impl Op for RouteAlone<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        route_alone(s, self.job, self.plan, self.t, self.worker, self.out);
+        // Most routers so narrow have eight experts.
+        match self.job.config.num_logits() <= S::LANES {
+            true => route_alone(s, self, 1),
+            false => route_alone(s, self, SLOTS / S::LANES),
+        }
     }
 }
 
+/// One token, whose experts fill so many `vectors`.
 #[inline(always)]
-fn route_alone<S: Simd>(
-    s: S,
-    job: &Job<'_>,
-    plan: &Plan<'_>,
-    t: usize,
-    w: &mut Worker,
-    out: Out<'_>,
-) {
+fn route_alone<S: Simd>(s: S, token: RouteAlone<'_, '_>, vectors: usize) {
+    let (job, plan, t, out) = (token.job, token.plan, token.t, token.out);
+    let w = token.worker;
     let config = job.config;
     let n = config.num_logits();
     load_row(s, job, t, &mut w.z, &mut w.noise, &mut w.normals);
@@ -52,14 +52,14 @@ fn route_alone<S: Simd>(
     };
     let mut soft = [0.0; SLOTS];
     if plan.softmax {
-        softmax(s, z, &mut soft);
+        softmax(s, vectors, z, &mut soft);
     }
     let mut scores = *z;
     match config.score {
         Score::Softmax | Score::Identity => {}
         _ if plan.by_logit && plan.raw != Raw::Elementwise => {}
         score => {
-            for i in (0..SLOTS).step_by(S::LANES) {
+            for i in (0..vectors * S::LANES).step_by(S::LANES) {
                 s.store_slice(
                     &mut scores[i..],
                     elementwise(s, score, s.load_slice(&z[i..])),
@@ -72,7 +72,7 @@ fn route_alone<S: Simd>(
         Score::Softmax => &soft,
         _ => &scores,
     };
-    rank(s, job, n, ranked, out.ids);
+    rank(s, vectors, job, n, ranked, out.ids);
     match plan.raw {
         Raw::Selected => {
             weigh::raw_weights(
@@ -100,12 +100,12 @@ fn route_alone<S: Simd>(
     weigh::finish(job, out.ids, out.weights, out.shared);
 }
 
-/// The butterfly of sixteen lanes: lane l takes lane l + 8, then l + 4, 2, 1. Lanes zipped with themselves are each there twice as often, so that in the end all of them hold the
+/// The butterfly of sixteen lanes, of which `$left` vectors are in use: lane l takes lane l + 8, then l + 4, 2, 1. Lanes zipped with themselves are each there twice as often, so that in the end all of them hold the
 /// result. A macro, since a closure that is not inlined would lose the instruction set.
 macro_rules! butterfly {
-    ($s:ident: $simd:ident, $operation:ident, $vectors:expr) => {{
+    ($s:ident: $simd:ident, $operation:ident, $left:expr, $vectors:expr) => {{
         let mut v: [$simd::F; 4] = $vectors;
-        let mut left = SLOTS / $simd::LANES;
+        let mut left = $left;
         while left > 1 {
             left /= 2;
             for i in 0..left {
@@ -124,29 +124,29 @@ macro_rules! butterfly {
 
 /// `soft = exp(z − max z) / Σ exp(z − max z)`. What is beyond the last expert holds −∞ and becomes +0.0.
 #[inline(always)]
-fn softmax<S: Simd>(s: S, z: &Row, soft: &mut Row) {
-    // As many of the four as sixteen lanes fill.
+fn softmax<S: Simd>(s: S, vectors: usize, z: &Row, soft: &mut Row) {
+    // As many of the four as the experts fill. What is beyond adds +0.0 to sums that are +0.0 or more.
     let mut v = [s.splat(0.0); 4];
-    for (v, z) in v.iter_mut().zip(z.chunks_exact(S::LANES)) {
+    for (v, z) in v[..vectors].iter_mut().zip(z.chunks_exact(S::LANES)) {
         // NaN is passed over.
         *v = s.max(s.load_slice(z), s.splat(f32::NEG_INFINITY));
     }
-    let max = butterfly!(s: S, max, v);
-    for (v, z) in v.iter_mut().zip(z.chunks_exact(S::LANES)) {
+    let max = butterfly!(s: S, max, vectors, v);
+    for (v, z) in v[..vectors].iter_mut().zip(z.chunks_exact(S::LANES)) {
         *v = exp_padded(s, s.sub(s.load_slice(z), max));
     }
-    let sum = butterfly!(s: S, add, v);
-    for (&v, soft) in v.iter().zip(soft.chunks_exact_mut(S::LANES)) {
+    let sum = butterfly!(s: S, add, vectors, v);
+    for (&v, soft) in v[..vectors].iter().zip(soft.chunks_exact_mut(S::LANES)) {
         s.store_slice(soft, s.div(v, sum));
     }
 }
 
 /// The K best of the first `n` values plus bias.
 #[inline(always)]
-fn rank<S: Simd>(s: S, job: &Job<'_>, n: usize, values: &Row, ids: &mut [i32]) {
+fn rank<S: Simd>(s: S, vectors: usize, job: &Job<'_>, n: usize, values: &Row, ids: &mut [i32]) {
     const LANE: [i32; SLOTS] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
     let mut keys = [0; SLOTS];
-    for i in (0..SLOTS).step_by(S::LANES) {
+    for i in (0..vectors * S::LANES).step_by(S::LANES) {
         let mut x = s.load_slice(&values[i..]);
         if let Some(bias) = job.bias.first() {
             x = s.add(x, s.load_slice(&bias[i..]));
@@ -154,7 +154,7 @@ fn rank<S: Simd>(s: S, job: &Job<'_>, n: usize, values: &Row, ids: &mut [i32]) {
         s.store_slice_i(&mut keys[i..], key(s, x));
     }
     let mut ranks = [0; SLOTS];
-    for i in (0..SLOTS).step_by(S::LANES) {
+    for i in (0..vectors * S::LANES).step_by(S::LANES) {
         let mine = s.load_slice_i(&keys[i..]);
         let lane = s.load_slice_i(&LANE[i..]);
         // An equal key of a lower id comes before too: it is greater than mine − 1.

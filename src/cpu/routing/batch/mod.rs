@@ -74,13 +74,13 @@ const MARGIN: f32 = 1.0 / 4096.0;
 /// Logits so far below the maximum are left to the careful path: there scores are subnormal, and many are equal. For √softplus, logits so far from 0.
 const REACH: f32 = 80.0;
 
-/// Tokens of a batch.
+/// The most tokens of a batch.
 pub(super) fn batch_len(config: &RouterConfig) -> usize {
     (LOGITS / config.num_logits().max(1)).clamp(1, TOKENS)
 }
 
 /// What is ranked.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Ranked {
     /// The logit itself.
     Logit,
@@ -93,7 +93,7 @@ enum Ranked {
 }
 
 /// Where a weight comes from, before renormalisation.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Raw {
     /// The ranked value is the weight, and not negative: its key has its bits.
     Key,
@@ -105,11 +105,11 @@ enum Raw {
     Selected,
 }
 
-/// How a config is routed here.
-#[derive(Clone, Copy)]
-pub(super) struct Plan<'a> {
-    /// The logits, where they can be used as they are.
-    in_place: Option<MatRef<'a, f32>>,
+/// How a config is routed here. A router makes it once: to think it over again would be a tenth of one token's time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Plan {
+    /// The most tokens of a batch.
+    pub(super) batch: usize,
     ranked: Ranked,
     /// What is ranked, before bias and groups, is the logit and not its score.
     by_logit: bool,
@@ -127,14 +127,12 @@ pub(super) struct Plan<'a> {
     finish: bool,
 }
 
-impl<'a> Plan<'a> {
-    /// None where the careful path has to do it.
-    pub(super) fn new(job: &Job<'a>) -> Option<Self> {
-        let config = job.config;
+impl Plan {
+    /// For a router with a correction bias, or scales for each expert, or without; none where the careful path has to do it.
+    pub(crate) fn new(config: &RouterConfig, biased: bool, scaled: bool) -> Option<Self> {
         let Selection::TopK { rank_by, groups } = config.selection else {
             return None;
         };
-        let biased = !job.bias.is_empty();
         // Limiting to all groups is no limit.
         let groups = groups.filter(|g| g.topk_group < g.n_group);
         let suits = config.top_k <= SLOTS
@@ -165,7 +163,7 @@ impl<'a> Plan<'a> {
             WeightSource::Score => Raw::Elementwise,
         };
         Some(Self {
-            in_place: in_place(job),
+            batch: batch_len(config),
             ranked,
             by_logit,
             softmax: config.score == Score::Softmax && (!by_logit || raw == Raw::Softmax),
@@ -179,7 +177,7 @@ impl<'a> Plan<'a> {
                 ..=NARROW_K => SLOTS,
                 _ => MAX_CANDIDATES,
             },
-            finish: job.per_expert_scale.is_empty()
+            finish: !scaled
                 && !matches!(config.renorm, Renorm::PNorm(_))
                 && !matches!(config.null_experts, NullExperts::Zero(_)),
         })
@@ -190,15 +188,16 @@ impl<'a> Plan<'a> {
 #[derive(Clone, Copy)]
 pub(super) enum Way<'p> {
     /// Across tokens: [`RouteBatch`], and the careful path for those that are strange.
-    Batch(&'p Plan<'p>),
+    Batch(&'p Plan),
     /// One after the other, experts in lanes: [`RouteAlone`].
-    Alone(&'p Plan<'p>),
+    Alone(&'p Plan),
     /// One after the other, the careful path.
     Careful,
 }
 
-impl Plan<'_> {
+impl Plan {
     /// The fastest: a tile costs as much for one token as for `LANES`.
+    #[inline]
     pub(super) fn way(&self, config: &RouterConfig, tokens: usize) -> Way<'_> {
         match tokens {
             ..=ALONE if self.narrow => Way::Alone(self),
@@ -290,7 +289,7 @@ impl<'a> Rows<'a> {
 /// Neighbouring tokens, at most [`batch_len`], from token `t` on. An op, since a call of one token would pay for its stack.
 pub(super) struct RouteBatch<'a, 'o> {
     pub job: &'a Job<'a>,
-    pub plan: &'a Plan<'a>,
+    pub plan: &'a Plan,
     pub worker: &'a mut Worker,
     pub t: usize,
     pub out: Out<'o>,
@@ -310,7 +309,7 @@ impl Op for RouteBatch<'_, '_> {
 fn route<S: Simd>(
     s: S,
     job: &Job<'_>,
-    plan: &Plan<'_>,
+    plan: &Plan,
     first: usize,
     w: &mut Worker,
     out: &mut Out<'_>,
@@ -319,7 +318,7 @@ fn route<S: Simd>(
     let n = config.num_logits();
     let blocks = n.div_ceil(REDUCTION_LANES);
     let tokens = out.tokens;
-    let rows = match plan.in_place {
+    let rows = match in_place(job) {
         Some(m) => Rows::InPlace(m, first),
         None => {
             for (t, z) in (first..)
@@ -388,7 +387,7 @@ fn route<S: Simd>(
 }
 
 /// Whether token `i` of the last batch has to go the careful way.
-pub(super) fn is_strange(plan: &Plan<'_>, room: &Room, i: usize) -> bool {
+pub(super) fn is_strange(plan: &Plan, room: &Room, i: usize) -> bool {
     // A narrow row is ranked whole, by the keys of the careful path.
     if plan.narrow {
         return false;

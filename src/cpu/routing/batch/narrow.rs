@@ -22,7 +22,7 @@ use crate::routing::Score;
 pub(super) fn route_narrow<S: Simd>(
     s: S,
     job: &Job<'_>,
-    plan: &Plan<'_>,
+    plan: &Plan,
     rows: Rows<'_>,
     tile: usize,
     room: &mut Room,
@@ -76,14 +76,7 @@ fn softmax<S: Simd>(s: S, z: &mut [S::F]) -> (S::F, S::F) {
 
 /// What is ranked: `values`, which softmax has filled with exponentials, become scores or logits, plus bias.
 #[inline(always)]
-fn scores<S: Simd>(
-    s: S,
-    job: &Job<'_>,
-    plan: &Plan<'_>,
-    z: &[S::F],
-    values: &mut [S::F],
-    sum: S::F,
-) {
+fn scores<S: Simd>(s: S, job: &Job<'_>, plan: &Plan, z: &[S::F], values: &mut [S::F], sum: S::F) {
     let bias = job.bias.first();
     for (e, (value, &z)) in values.iter_mut().zip(z).enumerate() {
         *value = match job.config.score {

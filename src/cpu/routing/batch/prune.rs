@@ -19,7 +19,7 @@ use crate::cpu::simd::{MAX_LANES, Simd};
 
 /// For the tokens of a tile: the value that their candidates exceed, their maxima, and whether they are strange.
 #[inline(always)]
-pub(super) fn bounds<S: Simd>(s: S, k: usize, plan: &Plan<'_>, tile: usize, room: &mut Room) {
+pub(super) fn bounds<S: Simd>(s: S, k: usize, plan: &Plan, tile: usize, room: &mut Room) {
     let mut low = load_tile(s, &room.columns, tile, 0);
     sort_values(s, &mut low);
     let mut high = load_tile(s, &room.columns, tile, SLOTS);

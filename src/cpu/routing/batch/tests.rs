@@ -186,8 +186,10 @@ fn check(config: &RouterConfig, with_bias: bool, rng: &mut TestRng) -> bool {
         bias.clear();
     }
     let rows: Vec<f32> = (0..MANY).flat_map(|_| logits(rng, n)).collect();
+    let plan = Plan::new(config, with_bias, false);
     let job = |rows| Job {
         config,
+        plan: plan.as_ref(),
         bias: &bias,
         per_expert_scale: &[],
         logits: AnyMatRef::F32(rows),
@@ -227,7 +229,7 @@ fn check(config: &RouterConfig, with_bias: bool, rng: &mut TestRng) -> bool {
             }
         }
     }
-    Plan::new(&whole).is_some()
+    plan.is_some()
 }
 
 proptest! {

@@ -9,9 +9,9 @@
 use super::tile::load_tile;
 use super::{Plan, Room, Rows, SLOTS};
 use crate::cpu::routing::Job;
-use crate::cpu::routing::logits::{Block, elementwise};
+use crate::cpu::routing::logits::{Block, elementwise, softplus_exps};
 use crate::cpu::simd::Simd;
-use crate::cpu::simd::math::{Lanes32, REDUCTION_LANES, exp_low, exp_padded};
+use crate::cpu::simd::math::{Lanes32, REDUCTION_LANES, exp_low, exp_padded, softplus_of};
 use crate::routing::Score;
 
 /// The maximum of each of 32 interleaved columns, NaN passed over.
@@ -75,7 +75,7 @@ pub(super) fn exp_sum<S: Simd>(s: S, n: usize, row: &[Block], max: f32) -> S::F 
 pub(super) fn compute_values<S: Simd>(
     s: S,
     job: &Job<'_>,
-    plan: &Plan<'_>,
+    plan: &Plan,
     rows: Rows<'_>,
     values: &mut [Block],
     room: &mut Room,
@@ -107,7 +107,8 @@ pub(super) fn compute_values<S: Simd>(
             Score::Softmax if !plan.by_logit => fill!(_z, e => s.div(e, sum)),
             Score::Sigmoid if !plan.by_logit => fill!(z, _e => elementwise(s, Score::Sigmoid, z)),
             Score::SqrtSoftplus if !plan.by_logit => {
-                fill!(z, _e => elementwise(s, Score::SqrtSoftplus, z))
+                softplus_exps(s, row, values);
+                fill!(z, e => s.sqrt(softplus_of(s, z, e)));
             }
             _ => fill!(z, _e => z),
         }

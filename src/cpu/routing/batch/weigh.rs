@@ -25,7 +25,7 @@ const NAN_BITS: i32 = f32::NAN.to_bits() as i32;
 #[inline(always)]
 fn sorted_candidates<S: Simd>(
     s: S,
-    plan: &Plan<'_>,
+    plan: &Plan,
     tile: usize,
     first: usize,
     room: &Room,
@@ -58,7 +58,7 @@ fn sorted_candidates<S: Simd>(
 #[inline(always)]
 pub(super) fn sorted_tile<S: Simd>(
     s: S,
-    plan: &Plan<'_>,
+    plan: &Plan,
     tile: usize,
     room: &Room,
 ) -> ([S::I; SLOTS], [S::I; SLOTS]) {
@@ -75,7 +75,7 @@ pub(super) fn sorted_tile<S: Simd>(
 pub(super) fn weigh_tile<S: Simd>(
     s: S,
     job: &Job<'_>,
-    plan: &Plan<'_>,
+    plan: &Plan,
     rows: Rows<'_>,
     tile: usize,
     (keys, ids): ([S::I; SLOTS], [S::I; SLOTS]),
