@@ -1,6 +1,6 @@
 //! What the caches and the kind of this machine want: the sizes of the blocks, and how B is asked for.
 
-use super::kernel::{Gaps, MicroKernel, Pace, Prefetch};
+use super::kernel::{MicroKernel, Pace, Prefetch};
 use super::panel::LINE;
 use super::plan::MC;
 use crate::cpu::caches::caches;
@@ -32,10 +32,10 @@ pub(super) enum Streaming {
     /// Into L1. On a Zen 5 core T = 64 is 7% slower into L2.
     IntoL1,
     /// Into L1, near; f32 from panels in halves and by the hardware alone. A loop on a Zen 3 core reads 27 to 30 GB/s by two streams or more that the hardware finds, 22 to 23 by one, 17 to 21 where it
-    /// asks for lines a KiB ahead: its L1 cache has 24 misses under way. So a panel of f32 is two streams. Against panels in one piece (products of 24 experts by turns in one process,
-    /// while neighbours left 20 GB/s of 30) f32 with 2, 4, 6, 8, 12 rows was 19, 24, 21, 14, 9% faster, with one row level; asking besides loses 10 to 25%. Four streams are level; lines of two
-    /// panels in turn were 15 to 25% slower with 4 to 6 rows; loads or prefetches that walk through four pages ahead of one stream 0 to 40% slower. bf16 and f16 in halves, which are
-    /// of 256 B, gain 3 to 25% with 4 rows and lose 3 to 13% with one, which decoding has: they stay in one piece, and 2 KiB ahead are 0 to 8% better than 8 KiB. Into L2 is level.
+    /// asks for lines a KiB ahead: its L1 cache has 24 misses under way. So a panel of f32 is two streams. Against panels in one piece, of which two took turns with 4 to 6 rows (products of 24
+    /// experts by turns in one process, while neighbours left 20 GB/s of 30), f32 with 2, 4, 6, 8, 12 rows was 19, 24, 21, 14, 9% faster, with one row level; asking besides loses 5 to 30%. Four streams
+    /// are level; four panels in turn were 15 to 21% slower than two; loads or prefetches that walk through four pages ahead of one stream 0 to 40% slower. bf16 and f16 in halves, which are
+    /// of 256 B, gain 3 to 24% with 4 rows and lose 1 to 13% with one, which decoding has: they stay in one piece, and 2 KiB ahead are 0 to 8% better than 8 KiB. Into L2 is level.
     Near,
     /// Into L2. On an Emerald Rapids core 7% (T = 64, f32), 2% (T = 64, bf16) and 4% (T = 8, f32) faster than into L1, whose sixteen misses under way the loads want, too;
     /// with 24 to 32 rows of an expert, where slices are shared, 2 to 6%, with 64 rows 0 to 1%.
@@ -140,9 +140,8 @@ pub(super) fn stream_ahead<K: MicroKernel>(
     Prefetch {
         from: b.wrapping_add(ahead * K::STEP_BYTES),
         pace: streaming.pace(),
-        lines: 0,
         turn: steps.saturating_sub(ahead).next_multiple_of(line_steps),
         then: after,
-        gaps: Gaps::NONE,
+        ..Prefetch::NONE
     }
 }

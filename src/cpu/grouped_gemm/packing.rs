@@ -7,7 +7,7 @@
 //!                                                                       bf16:     a step is two, (even, odd) in each 32-bit word
 //! ```
 //!
-//! Where the CPU's prefetcher follows two streams better than one, a panel of K = L lines and a rest lies in halves ([`PanelLayout::halved`]); a line is what meets a line of A:
+//! Where the CPU's prefetcher follows two streams better than one, a panel of L whole lines and a rest lies in halves ([`PanelLayout::halved`]); a line is what meets a line of A:
 //!
 //! ```text
 //! first half of line 0, of line 1, …, of line L-1 │ second half of line 0, of line 1, …, of line L-1 │ the rest

@@ -137,8 +137,7 @@ trait Word {
 
     /// Words of LANES columns from the first and the last of [`Word::FLOATS`] words of the source.
     #[inline(always)]
-    fn join<S: Simd>(s: S, first: S::F, last: S::F) -> S::F {
-        let _ = (s, last);
+    fn join<S: Simd>(_s: S, first: S::F, _last: S::F) -> S::F {
         first
     }
 
