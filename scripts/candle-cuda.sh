@@ -82,7 +82,7 @@ export CUDA_HOME=$kit NVCC=$kit/bin/nvcc PATH=$kit/bin:$PATH CUDA_COMPUTE_CAP=80
 unset CUDA_PATH CUDA_ROOT CUDA_TOOLKIT_ROOT_DIR CUDNN_LIB CUDARC_CUDA_VERSION NVCC_CCBIN
 
 if [[ $command == clippy ]]; then
-    cargo clippy --locked --release --manifest-path $manifest --features cuda --all-targets "$@" -- -D warnings
+    cargo clippy --locked --manifest-path $manifest --features cuda --all-targets "$@" -- -D warnings
     exit
 fi
 

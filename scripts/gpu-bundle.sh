@@ -34,7 +34,7 @@ examples=(conformance layer)
 build() {
     local log
     log=$(mktemp)
-    if ! cargo "$@" --locked --profile "$profile" --features cuda,capi --message-format=json >"$log"; then
+    if ! cargo "$@" --locked --profile "$profile" --all-features --message-format=json >"$log"; then
         echo "error: cargo $1 failed" >&2
         return 1
     fi
