@@ -296,10 +296,13 @@ impl Op for RouteTokens<'_, '_> {
             let t = self.first + first;
             first += out.tokens;
             let way = match job.plan {
-                Some(plan) => plan.way(job.config, out.tokens),
+                Some(plan) => plan.way::<S>(job.config, out.tokens),
                 None => Way::Careful,
             };
-            if let Way::Batch(plan) = way {
+            // A constant, so that it is not even compiled where nothing takes that way.
+            if const { S::BATCHES }
+                && let Way::Batch(plan) = way
+            {
                 let (worker, out) = (&mut *self.worker, out.reborrow());
                 s.outline(RouteBatch {
                     job,

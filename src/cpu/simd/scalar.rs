@@ -1,4 +1,7 @@
 //! Plain Rust: eight lanes as an array. Runs anywhere, and is the definition that the other files are tested against.
+//!
+//! Where there are vector instructions, this is hardly used and was half of the library's machine code: so what takes many instructions without them is a function there,
+//! and not repeated wherever it is used. Where this is all there is, it is inlined like the rest.
 
 use super::{Op, Simd};
 use half::f16;
@@ -28,6 +31,7 @@ fn zip<A: Copy, B: Copy, C>(a: [A; N], b: [B; N], f: impl Fn(A, B) -> C) -> [C; 
 impl Simd for Scalar {
     const LANES: usize = N;
     const MR: usize = 4;
+    const BATCHES: bool = false;
 
     type F = [f32; N];
     type I = [i32; N];
@@ -55,14 +59,22 @@ impl Simd for Scalar {
         // SAFETY: the caller's contract.
         unsafe { p.cast::<Self::F>().write_unaligned(v) }
     }
-    #[inline(always)]
+    #[cfg_attr(any(target_arch = "x86_64", target_arch = "aarch64"), inline(never))]
+    #[cfg_attr(
+        not(any(target_arch = "x86_64", target_arch = "aarch64")),
+        inline(always)
+    )]
     unsafe fn load_f16(self, p: *const u16) -> Self::F {
         // SAFETY: the caller's contract.
         let bits = unsafe { p.cast::<[u16; N]>().read_unaligned() };
         map(bits, |b| f16::from_bits(b).to_f32_const())
     }
 
-    #[inline(always)]
+    #[cfg_attr(any(target_arch = "x86_64", target_arch = "aarch64"), inline(never))]
+    #[cfg_attr(
+        not(any(target_arch = "x86_64", target_arch = "aarch64")),
+        inline(always)
+    )]
     unsafe fn store_f16(self, p: *mut u16, v: Self::F) {
         let bits = map(v, |x| f16::from_f32_const(x).to_bits());
         // SAFETY: the caller's contract.
@@ -98,7 +110,11 @@ impl Simd for Scalar {
     fn sqrt(self, a: Self::F) -> Self::F {
         map(a, f32::sqrt)
     }
-    #[inline(always)]
+    #[cfg_attr(any(target_arch = "x86_64", target_arch = "aarch64"), inline(never))]
+    #[cfg_attr(
+        not(any(target_arch = "x86_64", target_arch = "aarch64")),
+        inline(always)
+    )]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         core::array::from_fn(|l| a[l].mul_add(b[l], c[l]))
     }

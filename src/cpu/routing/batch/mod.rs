@@ -198,9 +198,10 @@ pub(super) enum Way<'p> {
 impl Plan {
     /// The fastest: a tile costs as much for one token as for `LANES`.
     #[inline]
-    pub(super) fn way(&self, config: &RouterConfig, tokens: usize) -> Way<'_> {
+    pub(super) fn way<S: Simd>(&self, config: &RouterConfig, tokens: usize) -> Way<'_> {
         match tokens {
-            ..=ALONE if self.narrow => Way::Alone(self),
+            _ if self.narrow && (tokens <= ALONE || !S::BATCHES) => Way::Alone(self),
+            _ if !S::BATCHES => Way::Careful,
             _ if self.narrow => Way::Batch(self),
             0 | 1 => Way::Careful,
             2 if self.groups.is_none() && config.num_logits() <= PAIR_LOGITS => Way::Careful,
