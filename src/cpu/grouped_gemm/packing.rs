@@ -183,8 +183,9 @@ fn pack_panels(
     let bytes = unsafe { core::slice::from_raw_parts_mut(out.as_mut_ptr().cast(), len) };
     let (panels, padding) = bytes.split_at_mut(layout.panels() * layout.panel_bytes());
     padding.fill(MaybeUninit::new(0));
-    // Half of the last level: a matrix that fits will be read from there.
-    let stream = panels.len() > caches().l3 / 2;
+    // A model is packed expert by expert: when a matrix that L2 does not hold is first used, the next ones have driven it out of L3, too. And what is written through the caches is
+    // read first: past them, packing over an expert is 1.2 to 1.7 times as fast (AVX-512 on Emerald Rapids, whose L3 would hold every matrix).
+    let stream = panels.len() > caches().l2;
     let packer = Packer::new(layout, columns, stream);
     let out = SharedSlice::new(panels);
     let tasks = TaskCounter::new(layout.panels().div_ceil(packer.group()));
