@@ -5,7 +5,7 @@
 #
 # There: `./run.sh` unpacks and runs everything, `./run.sh tests benches` a part, `./run.sh --help` tells more. The kernels travel inside the executables; the PTX beside them is for
 # reading.
-# `--profile dev` packs what `cargo test` builds anyway: for a trial on the emulator, not for timing.
+# `--profile dev` packs what `cargo test --all-features` builds anyway: for a trial on the emulator, not for timing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,12 +29,15 @@ for file in tests/cuda_* tests/capi_cuda*; do
     [[ $name == cuda_host ]] || tests+=("$name")
 done
 examples=(conformance layer)
+# Without `build-ptx` what runs on the GPU is the committed PTX, which users get.
+features=(--features cuda,capi)
+[[ $profile != dev ]] || features=(--all-features)
 
 # build COMMAND...: compiles; prints the path of each executable of the targets asked for.
 build() {
     local log
     log=$(mktemp)
-    if ! cargo "$@" --locked --profile "$profile" --all-features --message-format=json >"$log"; then
+    if ! cargo "$@" --locked --profile "$profile" "${features[@]}" --message-format=json >"$log"; then
         echo "error: cargo $1 failed" >&2
         return 1
     fi

@@ -70,7 +70,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const BY_ELEMENT: bool = false;
 
     /// Whether many tokens are routed at once, a token in each lane. In plain Rust one after the other is as fast (T = 64 and 4096, on an Emerald Rapids core: eight of 64 to 256
-    /// experts 1.0 to 1.3 times, one of 128 1.8 times, four of 128 0.6 times), and this was a sixth of the library's machine code.
+    /// experts 1.0 to 1.4 times, two of 8 1.6, one of 128 1.8 to 2.0, four of 128 0.6 times), and this was a sixth of the library's machine code.
     const BATCHES: bool = true;
 
     /// Whether [`Simd::tile_step`] is there, and better than what the compiler makes of single operations. It needs no registers beyond those that [`Simd::MR`] counts.

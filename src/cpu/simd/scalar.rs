@@ -1,7 +1,7 @@
 //! Plain Rust: eight lanes as an array. Runs anywhere, and is the definition that the other files are tested against.
 //!
-//! Where there are vector instructions, this is hardly used and was half of the library's machine code: so what takes many instructions without them is a function there,
-//! and not repeated wherever it is used. Where this is all there is, it is inlined like the rest.
+//! Where there are vector instructions, this is hardly used, and was two fifths of the library's machine code: so what takes many instructions without them is a
+//! function there ([`apart`]), and not repeated wherever it is used.
 
 use super::{Op, Simd};
 use half::f16;
@@ -26,6 +26,16 @@ fn map<A: Copy, B>(a: [A; N], f: impl Fn(A) -> B) -> [B; N] {
 #[inline(always)]
 fn zip<A: Copy, B: Copy, C>(a: [A; N], b: [B; N], f: impl Fn(A, B) -> C) -> [C; N] {
     core::array::from_fn(|l| f(a[l], b[l]))
+}
+
+/// `f()` as a function of its own; inlined on architectures for which this is all there is.
+#[cfg_attr(any(target_arch = "x86_64", target_arch = "aarch64"), inline(never))]
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    inline(always)
+)]
+fn apart<R>(f: impl FnOnce() -> R) -> R {
+    f()
 }
 
 impl Simd for Scalar {
@@ -59,24 +69,16 @@ impl Simd for Scalar {
         // SAFETY: the caller's contract.
         unsafe { p.cast::<Self::F>().write_unaligned(v) }
     }
-    #[cfg_attr(any(target_arch = "x86_64", target_arch = "aarch64"), inline(never))]
-    #[cfg_attr(
-        not(any(target_arch = "x86_64", target_arch = "aarch64")),
-        inline(always)
-    )]
+    #[inline(always)]
     unsafe fn load_f16(self, p: *const u16) -> Self::F {
         // SAFETY: the caller's contract.
         let bits = unsafe { p.cast::<[u16; N]>().read_unaligned() };
-        map(bits, |b| f16::from_bits(b).to_f32_const())
+        apart(|| map(bits, |b| f16::from_bits(b).to_f32_const()))
     }
 
-    #[cfg_attr(any(target_arch = "x86_64", target_arch = "aarch64"), inline(never))]
-    #[cfg_attr(
-        not(any(target_arch = "x86_64", target_arch = "aarch64")),
-        inline(always)
-    )]
+    #[inline(always)]
     unsafe fn store_f16(self, p: *mut u16, v: Self::F) {
-        let bits = map(v, |x| f16::from_f32_const(x).to_bits());
+        let bits = apart(|| map(v, |x| f16::from_f32_const(x).to_bits()));
         // SAFETY: the caller's contract.
         unsafe { p.cast::<[u16; N]>().write_unaligned(bits) }
     }
@@ -110,13 +112,9 @@ impl Simd for Scalar {
     fn sqrt(self, a: Self::F) -> Self::F {
         map(a, f32::sqrt)
     }
-    #[cfg_attr(any(target_arch = "x86_64", target_arch = "aarch64"), inline(never))]
-    #[cfg_attr(
-        not(any(target_arch = "x86_64", target_arch = "aarch64")),
-        inline(always)
-    )]
+    #[inline(always)]
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
-        core::array::from_fn(|l| a[l].mul_add(b[l], c[l]))
+        apart(|| core::array::from_fn(|l| a[l].mul_add(b[l], c[l])))
     }
     #[inline(always)]
     fn max(self, a: Self::F, b: Self::F) -> Self::F {
